@@ -1,0 +1,1274 @@
+"""A job queue service in one module: a REST API, Trio workers, and Redis to keep the jobs.
+
+The promise
+    A job whose POST was answered with 202 is run to its end, whatever dies in between. It is run at
+    least once, and at every instant it is in exactly one of five places:
+
+        POST /job ──► queue ───claim───► processing ──complete──► completed
+                      ▲   ▲                │  │  │
+                  due │   └────release─────┘  │  └─────fail─────► failed
+                    delayed ◄─────retry───────┘
+
+    A shutdown releases what it cannot finish; so does the sweep when a worker died and its lease ended.
+
+The keys, all behind the prefix `{jobqueue}:` (the braces keep them in one slot of a Redis Cluster)
+    job:<id>           hash         the job itself: FIELDS, and the token of its last claim
+    queue              list         ids ready to run: LPUSH in, RPOP out, so first in, first out
+    delayed            sorted set   ids that wait, by the time they are due (in milliseconds, like all times)
+    processing         sorted set   ids being run, by the time their lease ends
+    completed, failed  sorted sets  finished ids, by the time they finished
+    history            sorted set   every id, by a number that only grows: the order of submission
+    wake               channel      a message whenever the queue stops being empty
+
+To read it
+    From top to bottom; each part uses only parts above it. Settings and Jobs are the words of the
+    language, Handlers the work itself. AutoPipeline is where Trio meets Redis. Store has one small Lua
+    script for each arrow above. Workers claim, run and report. HTTP is the three endpoints; and `serve`,
+    at the end, is the tree of nurseries that starts it all and stops it in the right order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import logging
+import math
+import os
+import random
+import re
+import secrets
+import signal
+import socket
+import ssl
+import sys
+import threading
+import types
+import typing
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
+from urllib.parse import urlencode, urlsplit
+
+import hiredis
+import hypercorn
+import hypercorn.trio
+import outcome as result_of
+import redis
+import trio
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
+from quart import Response, request
+from quart.asgi import ASGIHTTPConnection
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGIHTTPConnection
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from werkzeug.exceptions import (
+    BadRequest,
+    HTTPException,
+    MethodNotAllowed,
+    NotFound,
+    RequestEntityTooLarge,
+    UnsupportedMediaType,
+)
+
+log = logging.getLogger("jobqueue")
+
+# ── Settings ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _setting(default: Any, meaning: str, low: float = 0, high: float = math.inf) -> Any:
+    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every setting is an environment variable, `PORT`, and a flag that beats it, `--port`.
+
+    Raises ValueError, naming the setting, when a value is out of range.
+    """
+
+    redis_url: str = _setting("", "where jobs are kept: redis://, rediss:// or unix://; unset: in memory")
+    host: str = _setting("127.0.0.1", "the address to listen on")
+    port: int = _setting(8080, "the port to listen on; 0: any free one", 0, 65_535)
+    workers: int = _setting(10, "jobs run at the same time; 0: only serve the API", 0, 10_000)
+    max_retries: int = _setting(3, "runs after a failed first one, for a job that does not say", 0, 100)
+    retry_delay_seconds: float = _setting(0.5, "wait before the first retry; doubles with each", 0, 3600)
+    job_timeout_seconds: float = _setting(300.0, "longest run, for a job that does not say", 0.001, 604_800)
+    lease_seconds: float = _setting(15.0, "a worker silent for so long has lost its job", 0.5, 3600)
+    shutdown_grace_seconds: float = _setting(20.0, "what running jobs get to finish at shutdown", 0, 86_400)
+    retention_seconds: float = _setting(604_800.0, "how long finished jobs are kept; 0: for ever", 0, 1e10)
+    max_body_bytes: int = _setting(1_048_576, "the largest request body", 1024, 1 << 30)
+    log_level: str = _setting("info", "debug, info, warning or error")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if not isinstance(value, str) and not low <= value <= high:
+                raise ValueError(f"{f.name.upper()} must be from {low:,} to {high:,}, not {value}")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise ValueError(f"LOG_LEVEL must be debug, info, warning or error, not {self.log_level!r}")
+        if self.redis_url:
+            try:
+                redis.Redis.from_url(self.redis_url)
+            except ValueError as error:
+                raise ValueError(f"REDIS_URL: {error}") from None
+
+    @classmethod
+    def read(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+        """The settings that flags and variables ask for; a bad one ends the program with status 2."""
+        parser = argparse.ArgumentParser(
+            prog="jobqueue.py",
+            usage="%(prog)s [--help] [--SETTING VALUE ...]",
+            description="A job queue service. Each setting is a flag, or the environment variable beside it.",
+        )
+        for f in fields(cls):
+            default = f"{f.default:.12g}" if isinstance(f.default, float) else f.default or "unset"
+            text = f"{f.metadata['meaning']} ({f.name.upper()}, default: {default})"
+            parser.add_argument(f"--{f.name.replace('_', '-')}", metavar="VALUE", help=text)
+        flags = vars(parser.parse_args(argv))
+        values: dict[str, Any] = {}
+        try:
+            for f in fields(cls):
+                text = environ.get(f.name.upper(), "") if flags[f.name] is None else flags[f.name]
+                if text:
+                    values[f.name] = _convert(f.name.upper(), type(f.default), text)
+            return cls(**values)
+        except ValueError as error:
+            parser.exit(2, f"jobqueue.py: {error}\n")
+
+
+def _convert(name: str, kind: type, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} must be {wanted}, not {text!r}") from None
+
+
+# ── Jobs ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Status(StrEnum):
+    """Where a job is in its life. One that waits for a retry or for its delay is pending too."""
+
+    PENDING = "pending"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+class NewJob(NamedTuple):
+    """A job as it is submitted."""
+
+    id: str
+    job_type: str
+    payload: str  # an object, as JSON
+    max_retries: int
+    timeout: float  # seconds for one run
+    delay: float  # seconds before the first run
+
+
+class Claim(NamedTuple):
+    """A job in the hands of a worker."""
+
+    token: str  # the name of this claim, which no other ever had
+    id: str
+    job_type: str
+    payload: str  # an object, as JSON
+    attempts: int  # runs begun, this one included
+    max_retries: int
+    timeout: float  # seconds for one run
+
+
+def _json_time(milliseconds: str) -> str:
+    moment = datetime.fromtimestamp(int(milliseconds) / 1000, UTC)
+    return f'"{moment.isoformat(timespec="milliseconds")[:-6]}Z"'
+
+
+to_json = json.JSONEncoder(allow_nan=False).encode
+from_json = json.JSONDecoder().raw_decode
+
+# What is stored of a job and shown of it, in this order, and how each is written in JSON. Payload and
+# result are JSON already: they pass through untouched, however deep they are and whatever numbers they hold.
+FIELDS: dict[str, Callable[[str], str]] = {
+    "job_type": json.dumps,
+    "payload": str,
+    "status": json.dumps,
+    "attempts": str,
+    "max_retries": str,
+    "timeout": str,
+    "result": str,
+    "error": json.dumps,
+    "created_at": _json_time,
+    "due_at": _json_time,
+    "started_at": _json_time,
+    "finished_at": _json_time,
+}
+
+
+def job_json(job_id: str, values: Iterable[str | None]) -> str:
+    """The JSON of a job, from its stored values in the order of FIELDS; what is not known yet is null."""
+    shown = (
+        f'"{name}": {"null" if value is None else write(value)}'
+        for (name, write), value in zip(FIELDS.items(), values, strict=True)
+    )
+    return f'{{"id": "{job_id}", {", ".join(shown)}}}'
+
+
+BACKOFF_CAP_SECONDS = 300.0
+
+
+def backoff(attempt: int, first: float, jitter: Callable[[], float] = random.random) -> float:
+    """Seconds to wait after a failed `attempt` (1, 2, …) before the next: `first`, doubled each time, capped.
+
+    Up to half of it is taken off at random, so that jobs which failed together do not return together
+    ("equal jitter", AWS Architecture Blog, *Exponential Backoff And Jitter*, 2015).
+    """
+    return min(BACKOFF_CAP_SECONDS, math.ldexp(first, attempt - 1)) * (1 - jitter() / 2)
+
+
+# ── Handlers ────────────────────────────────────────────────────────────────────────────────────
+
+JSON_TYPES = {str, int, float, bool, list, dict, types.NoneType}
+
+
+@dataclass(frozen=True)
+class Handler:
+    """A function that runs one type of job, and its signature: the contract for the payload."""
+
+    function: Callable[..., Any]
+    parameters: Mapping[str, inspect.Parameter]
+    is_async: bool
+
+    def check(self, payload: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the parameter, unless `payload` fits the signature."""
+        known = ", ".join(self.parameters) or "none"
+        for name in payload:
+            if name not in self.parameters:
+                raise ValueError(f"payload.{name} is not a parameter; they are: {known}")
+        for name, parameter in self.parameters.items():
+            if name not in payload:
+                if parameter.default is parameter.empty:
+                    raise ValueError(f"payload.{name} is missing; the parameters are: {known}")
+            elif not _fits(payload[name], parameter.annotation):
+                kinds = inspect.formatannotation(parameter.annotation)
+                raise ValueError(f"payload.{name} must be {kinds}, not {json.dumps(payload[name])[:80]}")
+
+    async def __call__(self, payload: Mapping[str, Any]) -> Any:
+        """Run the function: in this task if it is `async def`, in a thread if it is `def`.
+
+        A thread cannot be interrupted: when this call is cancelled, the thread is abandoned.
+        """
+        if self.is_async:
+            return await self.function(**payload)
+        call = partial(self.function, **payload)
+        # Its own limiter: abandoned threads must not use up those that others wait for.
+        return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a JSON value is of the annotated type. What JSON cannot tell, such as `Path`, always fits."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    kinds = set(typing.get_args(annotation)) if is_union else {annotation}
+    if not kinds <= JSON_TYPES:
+        return True
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+HANDLERS: dict[str, Handler] = {}
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def handler(job_type: str) -> Callable[[Function], Function]:
+    """Make a function the handler of `job_type`: its parameters are the fields of the payload.
+
+        @handler("resize")
+        def resize(path: str, width: int = 800) -> str: ...
+
+    What it returns, which must be JSON, is the job's result; a raise is a failed attempt.
+    """
+
+    def register(function: Function) -> Function:
+        parameters = inspect.signature(function, eval_str=True).parameters
+        HANDLERS[job_type] = Handler(function, parameters, inspect.iscoroutinefunction(function))
+        return function
+
+    return register
+
+
+@handler("email")
+async def email(to: str, subject: str, body: str) -> None:
+    """Send an e-mail; simulated: a line in the log, and one second."""
+    log.info("simulated e-mail to %r: %r, %d characters", to, subject, len(body))
+    await trio.sleep(1)
+
+
+@handler("math")
+async def math_(a: int | str, b: int | str) -> int:
+    """Add two integers, given as numbers or as strings."""
+    return int(a) + int(b)
+
+
+@handler("long")
+async def long(seconds: float = 2) -> None:
+    """Take a while."""
+    await trio.sleep(seconds)
+
+
+# ── AutoPipeline ────────────────────────────────────────────────────────────────────────────────
+#
+# redis-py's asyncio client does not run on Trio, and its blocking client would stop the event loop. The
+# naive answer, a thread for each command, costs more than the command itself. So redis-py opens the
+# connection, once, in a thread; then the socket is Trio's. And one task owns it: while a round trip is
+# under way the commands of all other tasks gather, and the next one carries them all. Under load the
+# batches grow by themselves.
+#
+# A command that was handed over is never abandoned: its caller cannot be cancelled before the reply is
+# there. Otherwise a claim could take a job out of the queue for a worker that is already gone.
+
+Command = tuple[str | int, ...]
+Carrier = Callable[[Sequence[Command]], Awaitable[list[Any]]]
+
+CONNECTIONS = 2  # so that one batch is in Redis while the replies to the other are worked on
+REPLY_SECONDS = 4.0  # longest wait for Redis, connecting included; so the API answers 503 within 6 s
+NOT_YET = object()
+
+
+class RedisConnection:
+    """A connection to Redis on which Trio does the waiting. It connects when first used, and again."""
+
+    def __init__(self, url: str) -> None:
+        timeouts = {"socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
+        never = Retry(NoBackoff(), 0)  # who may try again is not for the connection to say
+        self._pool = redis.ConnectionPool.from_url(url, protocol=2, retry=never, **timeouts)
+        self._connection: Any = None
+
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands and receive their replies; a refusal is a ResponseError among them.
+
+        Raises redis.ConnectionError or TimeoutError; then nobody knows which were carried out.
+        """
+        replies: list[Any] = []
+        try:
+            with trio.CancelScope(deadline=trio.current_time() + REPLY_SECONDS) as patience:
+                if self._connection is None:
+                    await self._connect()
+                await self._send(b"".join([hiredis.pack_command(cast(Any, command)) for command in commands]))
+                while len(replies) < len(commands):
+                    if (reply := self._reader.gets()) is NOT_YET:
+                        await self._receive()
+                    else:
+                        replies.append(reply)
+            if patience.cancelled_caught:
+                raise redis.TimeoutError(f"no reply within {REPLY_SECONDS:g} s")
+        except OSError as error:
+            raise redis.ConnectionError(str(error)) from None
+        finally:
+            if len(replies) < len(commands):
+                self._connection = None  # which closes it
+        return replies
+
+    async def message(self) -> Any:
+        """The next message of a channel, however long it takes."""
+        while (reply := self._reader.gets()) is NOT_YET:
+            await self._receive()
+        return reply
+
+    async def _receive(self) -> None:
+        while True:
+            try:
+                data = self._socket.recv(65_536)
+                break
+            except (BlockingIOError, ssl.SSLWantReadError):
+                await trio.lowlevel.wait_readable(self._socket)
+        if not data:
+            raise redis.ConnectionError("Redis closed the connection")
+        self._reader.feed(data)
+
+    async def _send(self, data: bytes) -> None:
+        while data:
+            try:
+                data = data[self._socket.send(data) :]
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                await trio.lowlevel.wait_writable(self._socket)
+
+    async def _connect(self) -> None:
+        """TLS, names, passwords and databases are redis-py's business."""
+        connection: Any = self._pool.make_connection()
+        await trio.to_thread.run_sync(connection.connect, abandon_on_cancel=True)
+        self._socket: socket.socket = connection._sock
+        self._socket.setblocking(False)
+        self._reader = hiredis.Reader(redis.ConnectionError, _refusal, "utf-8", "replace", NOT_YET)
+        self._connection = connection
+
+
+def _refusal(text: str) -> Exception:
+    kind = redis.exceptions.NoScriptError if text.startswith("NOSCRIPT") else redis.ResponseError
+    return kind(text)
+
+
+def memory() -> Carrier:
+    """Carries commands to a Redis in the memory of this process."""
+    import fakeredis  # only here: with a real Redis it is not needed
+
+    client = fakeredis.FakeRedis(decode_responses=True)
+
+    def exchange(commands: Sequence[Command]) -> list[Any]:
+        pipe: Any
+        with client.pipeline(transaction=False) as pipe:
+            for command in commands:
+                pipe.execute_command(*command)
+            return list(pipe.execute(raise_on_error=False))
+
+    one_by_one = trio.CapacityLimiter(1)
+    return lambda commands: trio.to_thread.run_sync(exchange, commands, limiter=one_by_one)
+
+
+class AutoPipeline:
+    """Redis for many tasks at once.
+
+    >>> pipeline = AutoPipeline(RedisConnection("redis://localhost").exchange)
+    >>> nursery.start_soon(pipeline.run)
+    >>> await pipeline.call(("INCR", "a"), ("GET", "a"))
+    [1, '1']
+    """
+
+    def __init__(self, *carriers: Carrier) -> None:
+        self._carriers = carriers
+        self._idle = len(carriers)
+        self._calls: list[tuple[trio.lowlevel.Task, tuple[Command, ...]]] = []
+        self._called = trio.lowlevel.ParkingLot()
+        self._away = False
+
+    async def call(self, *commands: Command) -> list[Any]:
+        """The replies to commands that travel together, in this order; a refusal is among them.
+
+        Raises redis.ConnectionError or TimeoutError; then nobody knows which were carried out.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._calls.append((trio.lowlevel.current_task(), commands))
+        self._called.unpark()
+        replies: list[Any] = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        return replies
+
+    async def run(self) -> None:
+        """Carry the commands. Cancel it only when nobody calls any more."""
+        async with trio.open_nursery() as nursery:
+            for carrier in self._carriers:
+                nursery.start_soon(self._carry, carrier)
+
+    async def _carry(self, carrier: Carrier) -> None:
+        while True:
+            while not self._calls:
+                await self._called.park()
+            share = -(-len(self._calls) // self._idle)
+            batch, self._calls = self._calls[:share], self._calls[share:]
+            self._called.unpark()
+            self._idle -= 1
+            try:
+                replies = await carrier([command for _, commands in batch for command in commands])
+            except redis.RedisError as error:
+                if not self._away:
+                    log.warning("Redis is away: %s; waiting for it", error)
+                self._away = True
+                # What came meanwhile shares the fate: it must not wait for another time-out.
+                batch, self._calls = batch + self._calls, []
+                for task, _ in batch:
+                    trio.lowlevel.reschedule(task, result_of.Error(type(error)(*error.args)))
+            else:
+                if self._away:
+                    log.info("Redis is back")
+                self._away = False
+                done = 0
+                for task, commands in batch:
+                    trio.lowlevel.reschedule(task, result_of.Value(replies[done : done + len(commands)]))
+                    done += len(commands)
+            self._idle += 1
+
+
+# ── Store ───────────────────────────────────────────────────────────────────────────────────────
+#
+# Every transition is one Lua script, so it happens whole or not at all, and first checks the place that
+# the job leaves. Three rules hold for all of them.
+#
+# The time is Redis's, never the caller's: an instance with a wrong clock must not end others' leases.
+#
+# A claim has a token, "<instance>:<number>", that no other claim ever had. Reports carry it. One with
+# another token than the job's is refused; one that was sent twice, because its reply was lost, finds the
+# token but no longer the status, and changes nothing. A claim whose reply was lost is different: nobody
+# knows of it. So an instance tells with its `extend` which tokens it knows, and gets its others released.
+#
+# The first write of a script takes away. Redis without memory refuses scripts whose first write may add:
+# that shall meet `submit`, whose client can be told, and never a report.
+
+LUA_CLOCK = "local time = redis.call('TIME') local now = time[1] * 1000 + math.floor(time[2] / 1000)"
+
+LUA_COMMON = """
+local P = KEYS[1]
+
+local function push(command, id)  -- LPUSH: last in line; RPUSH: first
+  if redis.call(command, P .. 'queue', id) == 1 then redis.call('PUBLISH', P .. 'wake', '') end
+end
+
+local function take_back(id, attempts)  -- from a worker, whose late report will find no token
+  redis.call('HDEL', P .. 'job:' .. id, 'token')
+  redis.call('HSET', P .. 'job:' .. id, 'status', 'pending', 'attempts', attempts)
+  push('RPUSH', id)
+end
+
+local function claim(token, lease)  -- a Claim; false without a token, or when the queue is empty
+  local id = token ~= '' and redis.call('RPOP', P .. 'queue')
+  while id do
+    local job = P .. 'job:' .. id
+    local held = redis.call('HMGET', job, 'job_type', 'payload', 'attempts', 'max_retries', 'timeout')
+    if held[1] then
+      held[3] = held[3] + 1
+      redis.call('HSET', job, 'status', 'processing', 'attempts', held[3], 'token', token, 'started_at', now)
+      redis.call('ZADD', P .. 'processing', now + lease, id)
+      return {id, unpack(held)}
+    end
+    id = redis.call('RPOP', P .. 'queue')  -- somebody deleted the job
+  end
+  return false
+end
+
+-- Report, then claim: a crash in between repeats a job, the other order would lose one.
+local function report(change)  -- ARGV: id, token, next token or '', lease in ms, …
+  local id, accepted = ARGV[1], 0
+  local job = P .. 'job:' .. id
+  local held = redis.call('HMGET', job, 'token', 'status', 'attempts', 'error')
+  if held[1] == ARGV[2] then
+    accepted = 1
+    if held[2] == 'processing' then  -- otherwise this very report came before
+      redis.call('ZREM', P .. 'processing', id)
+      change(id, job, held)
+    end
+  end
+  return {accepted, claim(ARGV[3], ARGV[4])}
+end
+"""
+
+SCRIPTS = {
+    # (id, job type, payload, retries, timeout, delay in ms) … → nothing. Sent again, it changes nothing.
+    "submit": """
+        local last = redis.call('ZREVRANGE', P .. 'history', 0, 0, 'WITHSCORES')
+        local number = tonumber(last[2] or 0)
+        for i = 1, #ARGV, 6 do
+          local id, delay = ARGV[i], tonumber(ARGV[i + 5])
+          local job = P .. 'job:' .. id
+          if redis.call('EXISTS', job) == 0 then
+            number = number + 1
+            redis.call('HSET', job, 'job_type', ARGV[i + 1], 'payload', ARGV[i + 2], 'status', 'pending',
+              'attempts', 0, 'max_retries', ARGV[i + 3], 'timeout', ARGV[i + 4], 'created_at', now)
+            redis.call('ZADD', P .. 'history', number, id)
+            if delay > 0 then
+              redis.call('HSET', job, 'due_at', now + delay)
+              redis.call('ZADD', P .. 'delayed', now + delay, id)
+            else
+              push('LPUSH', id)
+            end
+          end
+        end""",
+    # token, lease in ms → a Claim or nothing
+    "claim": "return claim(ARGV[1], ARGV[2])",
+    # Reports, → whether it was accepted, and the next Claim or nothing. ARGV[5]: the result
+    "complete": """
+        return report(function(id, job, held)
+          redis.call('HSET', job, 'status', 'completed', 'result', ARGV[5], 'finished_at', now)
+          if held[4] then redis.call('HDEL', job, 'error') end
+          redis.call('ZADD', P .. 'completed', now, id)
+        end)""",
+    # … the error
+    "fail": """
+        return report(function(id, job)
+          redis.call('HSET', job, 'status', 'failed', 'error', ARGV[5], 'finished_at', now)
+          redis.call('ZADD', P .. 'failed', now, id)
+        end)""",
+    # … the error, delay in ms
+    "retry": """
+        return report(function(id, job)
+          redis.call('HSET', job, 'status', 'pending', 'error', ARGV[5], 'due_at', now + ARGV[6])
+          redis.call('ZADD', P .. 'delayed', now + ARGV[6], id)
+        end)""",
+    # … nothing more: to the front of the queue, and the attempt does not count
+    "release": "return report(function(id, _, held) take_back(id, held[3] - 1) end)",
+    # instance, number of its latest claim, lease in ms, token … → those of the tokens that hold no job
+    "extend": """
+        local known, lost = {}, {}
+        for i = 4, #ARGV do known[ARGV[i]] = true end
+        for _, id in ipairs(redis.call('ZRANGE', P .. 'processing', 0, -1)) do
+          local held = redis.call('HMGET', P .. 'job:' .. id, 'token', 'attempts')
+          local instance, number = string.match(held[1] or '', '^(.*):(%d+)$')
+          if known[held[1]] then
+            known[held[1]] = nil
+            redis.call('ZREM', P .. 'processing', id)
+            redis.call('ZADD', P .. 'processing', now + ARGV[3], id)
+          elseif instance == ARGV[1] and tonumber(number) <= tonumber(ARGV[2]) then
+            redis.call('ZREM', P .. 'processing', id)
+            take_back(id, held[2] - 1)
+          end
+        end
+        for token in pairs(known) do lost[#lost + 1] = token end
+        return lost""",
+    # most jobs to move, whether to end leases, retention in ms → how many are ready to run, ms until
+    # there is more to do (-1: not known of), and a list: id, new status, … of the jobs whose lease ended
+    "sweep": """
+        local most, ended, more = tonumber(ARGV[1]), {}, false
+        local function due(place, time)
+          local ids = redis.call('ZRANGEBYSCORE', P .. place, '-inf', time, 'LIMIT', 0, most)
+          more = more or #ids == most
+          for _, id in ipairs(ids) do redis.call('ZREM', P .. place, id) end
+          return ids
+        end
+        for _, id in ipairs(due('delayed', now)) do push('LPUSH', id) end
+        for _, id in ipairs(ARGV[2] == '1' and due('processing', now) or {}) do
+          local job = P .. 'job:' .. id
+          local held = redis.call('HMGET', job, 'attempts', 'max_retries')
+          if held[1] and tonumber(held[1]) <= tonumber(held[2]) then
+            take_back(id, held[1])
+            ended[#ended + 1] = {id, 'pending'}
+          elseif held[1] then
+            redis.call('HDEL', job, 'token')
+            redis.call('HSET', job, 'status', 'failed', 'finished_at', now,
+              'error', 'the worker died, or was silent for longer than its lease, in each attempt')
+            redis.call('ZADD', P .. 'failed', now, id)
+            ended[#ended + 1] = {id, 'failed'}
+          end
+        end
+        for _, place in ipairs(tonumber(ARGV[3]) > 0 and {'completed', 'failed'} or {}) do
+          for _, id in ipairs(due(place, now - ARGV[3])) do
+            redis.call('ZREM', P .. 'history', id)
+            redis.call('DEL', P .. 'job:' .. id)
+          end
+        end
+        local next_due = redis.call('ZRANGE', P .. 'delayed', 0, 0, 'WITHSCORES')[2]
+        local wait = more and 0 or next_due and math.max(0, next_due - now) or -1
+        return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
+    # status or nothing for all, cursor or nothing, limit, field … → next cursor or '', ids, their fields
+    "page": """
+        local status, cursor, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
+        local ids, next_cursor = {}, ''
+        local function behind_cursor(place)  -- of a sorted set; nothing when the cursor is not in it
+          local rank = cursor == '' and -1 or redis.call('ZREVRANK', P .. place, cursor)
+          return rank and redis.call('ZREVRANGE', P .. place, rank + 1, rank + limit)
+        end
+        if status == '' then
+          local newest = cursor == '' and '+inf' or '(' .. cursor
+          ids = redis.call('ZREVRANGEBYSCORE', P .. 'history', newest, '-inf', 'LIMIT', 0, limit)
+        elseif status == 'pending' then  -- the delayed ones, then the queue
+          local delayed = behind_cursor('delayed')
+          local first = delayed and 0 or (redis.call('LPOS', P .. 'queue', cursor) or -2) + 1
+          ids = delayed or {}
+          if #ids < limit and first >= 0 then
+            for _, id in ipairs(redis.call('LRANGE', P .. 'queue', first, first + limit - #ids - 1)) do
+              ids[#ids + 1] = id
+            end
+          end
+        else
+          ids = behind_cursor(status) or {}
+        end
+        if #ids == limit then
+          next_cursor = status == '' and redis.call('ZSCORE', P .. 'history', ids[limit]) or ids[limit]
+        end
+        local jobs = {}
+        for i, id in ipairs(ids) do jobs[i] = redis.call('HMGET', P .. 'job:' .. id, unpack(ARGV, 4)) end
+        return {next_cursor, ids, jobs}""",
+}
+
+
+class Outcome(NamedTuple):
+    """What became of a claim: the transition to make, and what its script wants beside id and token."""
+
+    claim: Claim
+    transition: str  # complete, retry, fail or release
+    arguments: tuple[str | int, ...] = ()
+
+
+class Sweep(NamedTuple):
+    """What a sweep found."""
+
+    ready: int  # jobs in the queue
+    wait: float  # seconds until a job is due, infinite when none is delayed
+    ended: list[tuple[str, str]]  # id and new status of the jobs whose lease had ended
+
+
+class Store:
+    """The state of all jobs. Every method is one script, and may be called again when its reply was lost.
+
+    All raise redis.RedisError: ConnectionError or TimeoutError when Redis is away, ResponseError when it
+    refuses. `clock` is Lua that sets `now`, in milliseconds; tests bring their own.
+    """
+
+    def __init__(self, pipeline: AutoPipeline, prefix: str = "{jobqueue}:", clock: str = LUA_CLOCK) -> None:
+        self._pipeline = pipeline
+        self.prefix = prefix
+        self._texts, self._calls = {}, {}
+        for name, lua in SCRIPTS.items():
+            text = "\n".join([clock, LUA_COMMON, lua])
+            self._texts[name] = text
+            self._calls[name] = ("EVALSHA", hashlib.sha1(text.encode()).hexdigest(), 1, prefix)
+
+    async def _run(self, name: str, *arguments: str | int) -> Any:
+        [reply] = await self._pipeline.call(self._calls[name] + arguments)
+        if isinstance(reply, redis.exceptions.NoScriptError):  # a new Redis, which did nothing
+            [reply] = await self._pipeline.call(("EVAL", self._texts[name], 1, self.prefix, *arguments))
+        if isinstance(reply, redis.ResponseError):
+            raise reply
+        return reply
+
+    async def submit(self, jobs: Iterable[NewJob]) -> None:
+        """Put jobs into the queue, or into `delayed`; all or none."""
+        arguments: list[str | int] = []
+        for job in jobs:
+            arguments += [*job[:4], str(job.timeout), _milliseconds(job.delay)]
+        await self._run("submit", *arguments)
+
+    async def report_and_claim(
+        self, outcome: Outcome | None, token: str, lease: float
+    ) -> tuple[bool, Claim | None]:
+        """Report if there is an outcome, and claim for `lease` seconds if there is a token.
+
+        The answer: False if the report was refused, since its lease was lost; and the job, if there was one.
+        """
+        ms = _milliseconds(lease)
+        if outcome:
+            claim, transition, arguments = outcome
+            reply = await self._run(transition, claim.id, claim.token, token, ms, *arguments)
+            accepted, claimed = reply
+        else:
+            accepted, claimed = 1, await self._run("claim", token, ms)
+        return accepted == 1, _claim(token, claimed) if claimed else None
+
+    async def extend(self, instance: str, latest: int, tokens: Iterable[str], lease: float) -> list[str]:
+        """Let the leases of these tokens end `lease` seconds from now; those of them that hold no job.
+
+        Jobs that `instance` claimed up to its claim number `latest`, with a token not among these, are
+        released: the reply to that claim was lost.
+        """
+        return list(await self._run("extend", instance, latest, _milliseconds(lease), *tokens))
+
+    async def sweep(self, retention: float, end_leases: bool = True, most: int = 500) -> Sweep:
+        """Queue what is due, take back what has no living worker, delete what is older than `retention`.
+
+        Each at `most` so many times; if there was more, the wait is 0. With `retention` 0 nothing is deleted.
+        """
+        arguments = (most, int(end_leases), _milliseconds(retention))
+        ready, wait, ended = await self._run("sweep", *arguments)
+        return Sweep(ready, math.inf if wait < 0 else wait / 1000, [(id_, status) for id_, status in ended])
+
+    async def get(self, job_id: str) -> str | None:
+        """A job as JSON; None if it is unknown."""
+        [values] = await self._pipeline.call(("HMGET", f"{self.prefix}job:{job_id}", *FIELDS))
+        if isinstance(values, redis.ResponseError):
+            raise values
+        return None if values[0] is None else job_json(job_id, values)
+
+    async def page(self, status: Status | None, cursor: str, limit: int) -> tuple[str, list[str]]:
+        """The cursor of the next page, empty on the last one, and at most `limit` jobs as JSON.
+
+        They are ordered newest first: by submission, or with a `status` by when they came into it.
+        """
+        next_cursor, ids, jobs = await self._run("page", status or "", cursor, limit, *FIELDS)
+        rows = zip(ids, jobs, strict=True)
+        return next_cursor, [job_json(id_, values) for id_, values in rows if values[0] is not None]
+
+
+def _milliseconds(seconds: float) -> int:
+    return math.ceil(seconds * 1000)
+
+
+def _claim(token: str, reply: list[str]) -> Claim:
+    job_id, job_type, payload, attempts, max_retries, timeout = reply
+    return Claim(token, job_id, job_type, payload, int(attempts), int(max_retries), float(timeout))
+
+
+# ── Workers ─────────────────────────────────────────────────────────────────────────────────────
+
+TICK_SECONDS = 0.5  # how often leases are extended and the queue is swept
+CALM_SECONDS = 1.0  # after Redis was away, all instances get so long to extend before leases may end
+AGAIN_SECONDS = 0.2  # how long to wait before a call that failed is made again
+
+
+class Bell:
+    """Wakes workers when there may be work. It is a hint, never state: who is woken looks for himself."""
+
+    def __init__(self) -> None:
+        self.rings = 0
+        self._sleepers = trio.lowlevel.ParkingLot()
+
+    def ring(self, jobs: float = math.inf) -> None:
+        """Wake as many workers as there are jobs."""
+        self.rings += 1
+        self._sleepers.unpark(count=jobs)
+
+    async def wait(self, rings: int) -> None:
+        """Wait for the next ring, but not if there was one since `rings` was read."""
+        if self.rings == rings:
+            await self._sleepers.park()
+
+
+class Run(NamedTuple):
+    """A job being run here, and the scope that it is run in."""
+
+    claim: Claim
+    scope: trio.CancelScope
+
+
+class Crew:
+    """What the workers of one process share, and the two things that a worker does."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.store = store
+        self.settings = settings
+        self.bell = Bell()
+        self.stopping = trio.Event()  # set at shutdown: nothing more is claimed
+        self.deadline = math.inf  # when whatever still runs is cancelled, on Trio's clock
+        self.requests = trio.CancelScope()  # around all that serve HTTP
+        self.instance = secrets.token_hex(6)
+        self.claims = 0
+        self.tokens: set[str] = set()  # on their way to Redis, or in use there
+        self.runs: dict[str, Run] = {}  # by token; who is no longer in here has lost his lease
+
+    def stop(self, grace: float) -> None:
+        """Claim nothing more, and cancel in `grace` seconds what still runs then."""
+        self.deadline = trio.current_time() + grace
+        for scope in [self.requests, *(run.scope for run in self.runs.values())]:
+            scope.deadline = min(scope.deadline, self.deadline)
+        self.stopping.set()
+        self.bell.ring()
+
+    async def next(self, outcome: Outcome | None) -> Claim | None:
+        """Report what became of the last job, until Redis has it, and claim another; None when stopping."""
+        lease = self.settings.lease_seconds
+        while outcome or not self.stopping.is_set():
+            rings = self.bell.rings
+            token = "" if self.stopping.is_set() else self._new_token()
+            try:
+                accepted, claim = await self.store.report_and_claim(outcome, token, lease)
+            except redis.RedisError:
+                self.tokens.discard(token)  # should it hold a job, `extend` will have that released
+                if trio.current_time() >= self.deadline:
+                    return None  # the lease will end, and the job run again
+                await trio.sleep(AGAIN_SECONDS)
+                continue
+            if outcome:
+                self.tokens.discard(outcome.claim.token)
+                if not accepted:
+                    log.warning("job %s: reported too late, its lease was lost", outcome.claim.id)
+                outcome = None
+            if claim:
+                return claim
+            self.tokens.discard(token)
+            if token:
+                await self.bell.wait(rings)
+        return None
+
+    def _new_token(self) -> str:
+        self.claims += 1
+        token = f"{self.instance}:{self.claims}"
+        self.tokens.add(token)
+        return token
+
+    async def run(self, claim: Claim) -> Outcome | None:
+        """Run a job once; None if it lost its lease meanwhile. Whatever it raises is a failed attempt."""
+        begun = trio.current_time()
+        scope = trio.CancelScope(deadline=min(begun + claim.timeout, self.deadline))
+        self.runs[claim.token] = Run(claim, scope)
+        log.info("job %s: %s, attempt %d", claim.id, claim.job_type, claim.attempts)
+        outcome = None
+        error = f"timed out after {claim.timeout:g} s"
+        try:
+            with scope:
+                if claim.job_type not in HANDLERS:
+                    raise LookupError(f"there is no handler for {claim.job_type!r} here")
+                result = await HANDLERS[claim.job_type](from_json(claim.payload)[0])
+                outcome = Outcome(claim, "complete", (to_json(result),))
+        except Exception as raised:  # here, and nowhere else: a handler may raise anything
+            log.debug("job %s: the traceback", claim.id, exc_info=raised)
+            if not scope.cancel_called:
+                error = _describe(raised)
+        took = trio.current_time() - begun
+        if self.runs.pop(claim.token, None) is None:
+            self.tokens.discard(claim.token)
+            log.warning("job %s: cancelled after %.3f s, its lease was lost", claim.id, took)
+            return None
+        if outcome:
+            log.info("job %s: completed after %.3f s", claim.id, took)
+        elif scope.cancel_called and trio.current_time() >= self.deadline:
+            log.warning("job %s: cancelled after %.3f s by the shutdown, to run again", claim.id, took)
+            outcome = Outcome(claim, "release")
+        else:
+            outcome = self._failed(claim, error)
+            log.warning("job %s: %s after %.3f s: %s", claim.id, outcome.transition, took, error)
+        return outcome
+
+    def _failed(self, claim: Claim, error: str) -> Outcome:
+        if claim.attempts > claim.max_retries:
+            return Outcome(claim, "fail", (error,))
+        delay = backoff(claim.attempts, self.settings.retry_delay_seconds)
+        return Outcome(claim, "retry", (error, _milliseconds(delay)))
+
+
+def _describe(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]  # a nursery wraps what its tasks raise
+    return f"{type(error).__name__}: {error}"[:2000].encode(errors="backslashreplace").decode()
+
+
+async def work(crew: Crew) -> None:
+    """A worker: claim, run, report, until the crew is stopping."""
+    outcome = None
+    while claim := await crew.next(outcome):
+        outcome = await crew.run(claim)
+
+
+async def upkeep(crew: Crew) -> None:
+    """Extend the leases of what runs here, then sweep, twice a second."""
+    lease_seconds = crew.settings.lease_seconds
+    pause = min(TICK_SECONDS, lease_seconds / 4)
+    calm_at = trio.current_time() + CALM_SECONDS
+    while True:
+        runs, wait = dict(crew.runs), pause
+        try:
+            lost = await crew.store.extend(crew.instance, crew.claims, crew.tokens, lease_seconds)
+            end_leases = trio.current_time() >= calm_at
+            found = await crew.store.sweep(crew.settings.retention_seconds, end_leases)
+        except redis.RedisError:
+            # Others were cut off too: do not end their leases before they could extend them.
+            calm_at = trio.current_time() + CALM_SECONDS
+        else:
+            for token in runs.keys() & lost:
+                if crew.runs.pop(token, None):
+                    runs[token].scope.cancel()
+            for job_id, status in found.ended:
+                log.warning("job %s: its worker is gone, its lease ended; it is %s", job_id, status)
+            if found.ready:
+                crew.bell.ring(found.ready)
+            wait = min(pause, found.wait)
+        wake_at = trio.current_time() + wait
+        await trio.sleep_until(wake_at)
+        late = trio.current_time() - wake_at
+        if late > lease_seconds / 2:
+            names = ", ".join({run.claim.job_type for run in crew.runs.values()})
+            log.error("the event loop stood still for %.1f s while these ran: %s", late, names or "none")
+
+
+async def listen(connection: RedisConnection, channel: str, bell: Bell) -> None:
+    """Ring the bell when any instance puts something into the empty queue."""
+    while True:
+        try:
+            await connection.exchange([("SUBSCRIBE", channel)])
+            while await connection.message():
+                bell.ring()
+        except (redis.RedisError, OSError):
+            await trio.sleep(AGAIN_SECONDS)
+
+
+# ── HTTP ────────────────────────────────────────────────────────────────────────────────────────
+
+JOB_FIELDS = ("job_type", "payload", "delay", "timeout", "max_retries")
+DELAY_MOST_SECONDS = 366 * 86_400
+TIMEOUT_MOST_SECONDS = 7 * 86_400
+RETRIES_MOST = 100
+PAGE_MOST = 1000  # jobs, with ?limit=
+CHUNK = 200  # jobs fetched at a time for a list without a limit
+
+
+def parse_json(body: bytes) -> Any:
+    """What a JSON text says. Stricter than Python's parser: NaN and Infinity are not JSON."""
+
+    def refuse(constant: str) -> None:
+        raise BadRequest(f"the body is not JSON: it has {constant}")
+
+    try:
+        return json.loads(body.decode(), parse_constant=refuse)
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    except ValueError:  # sys.get_int_max_str_digits()
+        raise BadRequest("the body has an integer of too many digits: at most 4,300") from None
+
+
+def parse_job(body: Any, settings: Settings) -> NewJob:
+    """The job that a JSON value asks for; or BadRequest, which names the field that is wrong."""
+    if not isinstance(body, dict):
+        raise BadRequest("a job must be an object, with the fields job_type and payload")
+    for name in body:
+        if name not in JOB_FIELDS:
+            raise BadRequest(f"{name[:80]!r} is not a field of a job; they are: {', '.join(JOB_FIELDS)}")
+    job_type, payload = body.get("job_type"), body.get("payload")
+    if not isinstance(job_type, str) or job_type not in HANDLERS:
+        raise BadRequest(f"job_type must be one of: {', '.join(HANDLERS)}")
+    if not isinstance(payload, dict):
+        raise BadRequest("payload must be an object")
+    text = _payload_text(payload)
+    try:
+        HANDLERS[job_type].check(payload)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    return NewJob(
+        id=str(uuid.uuid4()),
+        job_type=job_type,
+        payload=text,
+        max_retries=int(_amount(body, "max_retries", settings.max_retries, 0, RETRIES_MOST, (int,))),
+        timeout=_amount(body, "timeout", settings.job_timeout_seconds, 0.001, TIMEOUT_MOST_SECONDS),
+        delay=_amount(body, "delay", 0, 0, DELAY_MOST_SECONDS),
+    )
+
+
+def _payload_text(payload: Any) -> str:
+    try:
+        text = json.dumps(payload, allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRequest("payload has half a surrogate pair, which is not a character") from None
+    except (ValueError, RecursionError):
+        raise BadRequest("payload has a number that is too large, or is nested too deeply") from None
+    return text
+
+
+def _amount(
+    body: Mapping[str, Any],
+    name: str,
+    default: float,
+    low: float,
+    high: float,
+    kinds: tuple[type, ...] = (int, float),
+) -> float:
+    value = body.get(name, default)
+    if type(value) not in kinds or not low <= value <= high:
+        kind = "a number" if float in kinds else "a whole number"
+        raise BadRequest(f"{name} must be {kind} from {low:g} to {high:,}")
+    return cast(float, value)
+
+
+class HTTPConnection(TrioASGIHTTPConnection):
+    """One request; its view is cancelled when the client goes away.
+
+    quart-trio takes the end of its own answer for the client going away, and so cancels hypercorn just
+    before that marks the connection as idle: it then neither times out, nor closes at shutdown.
+    """
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        answered = False
+
+        async def send_to_client(message: ASGISendEvent) -> None:
+            nonlocal answered
+            answered = message["type"] == "http.response.body" and not message["more_body"]
+            await send(message)
+
+        async def receive_body() -> None:
+            await ASGIHTTPConnection.handle_messages(self, request, receive)
+            if not answered:
+                nursery.cancel_scope.cancel()
+
+        request = self._create_request_from_scope(send)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive_body)
+            await self._send_response(send_to_client, await self.app.handle_request(request))
+            nursery.cancel_scope.cancel()
+
+
+def parse_query(query: Mapping[str, str]) -> tuple[Status | None, str, int | None]:
+    """The status, cursor and limit that `GET /jobs` asks for; or BadRequest, which names the wrong one."""
+    for name in query:
+        if name not in ("status", "limit", "cursor"):
+            raise BadRequest(f"{name[:80]!r} is not a parameter; they are: status, limit, cursor")
+    status, cursor, limit = query.get("status"), query.get("cursor", ""), query.get("limit")
+    if status is not None and status not in list(Status):
+        raise BadRequest(f"status must be one of: {', '.join(Status)}")
+    if cursor and not re.fullmatch(r"[0-9a-f-]{36}" if status else r"[0-9]{1,15}", cursor):
+        raise BadRequest("cursor must be one from a Link header, with the status that was asked for there")
+    if limit is not None and not (re.fullmatch(r"[0-9]{1,4}", limit) and 1 <= int(limit) <= PAGE_MOST):
+        raise BadRequest(f"limit must be a whole number from 1 to {PAGE_MOST}")
+    return Status(status) if status else None, cursor, int(limit) if limit else None
+
+
+def answer(
+    body: str | AsyncIterator[str], status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
+    return Response(body, status, headers, content_type="application/json")
+
+
+def create_app(store: Store, bell: Bell, settings: Settings) -> QuartTrio:
+    """The REST API."""
+    app = QuartTrio(__name__)
+    app.asgi_http_class = HTTPConnection
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+
+    @app.post("/job")
+    async def submit() -> Response:
+        if request.mimetype != "application/json":
+            raise UnsupportedMediaType("the Content-Type must be application/json")
+        body = parse_json(cast(bytes, await request.get_data()))
+        if not isinstance(body, list):
+            job = parse_job(body, settings)
+            await store.submit([job])
+            bell.ring(1)
+            return answer(f'{{"id": "{job.id}"}}\n', 202, {"Location": f"/job/{job.id}"})
+        if not body:
+            raise BadRequest("an array must have at least one job")
+        jobs = []
+        for index, item in enumerate(body):
+            try:
+                jobs.append(parse_job(item, settings))
+            except BadRequest as error:
+                raise BadRequest(f"job {index} of the array: {error.description}") from None
+        await store.submit(jobs)
+        bell.ring(len(jobs))
+        return answer(json.dumps([{"id": job.id} for job in jobs]) + "\n", 202)
+
+    @app.get("/job/<job_id>")
+    async def show(job_id: str) -> Response:
+        job = await store.get(job_id)
+        if job is None:
+            raise NotFound(f"there is no job {job_id[:80]!r}, or no more")
+        return answer(job + "\n")
+
+    @app.get("/jobs")
+    async def index() -> Response:
+        status, cursor, limit = parse_query(request.args)
+        following, jobs = await store.page(status, cursor, limit or CHUNK)
+        if limit is None:
+            return answer(stream(status, following, jobs))
+        query = urlencode(({"status": status} if status else {}) | {"limit": limit, "cursor": following})
+        link = {"Link": f'</jobs?{query}>; rel="next"'} if following else {}
+        return answer("[" + ",\n".join(jobs) + "]\n", headers=link)
+
+    async def stream(status: Status | None, cursor: str, jobs: list[str]) -> AsyncIterator[str]:
+        yield "[" + ",\n".join(jobs)
+        while cursor:
+            cursor, jobs = await store.page(status, cursor, CHUNK)
+            yield "".join(",\n" + job for job in jobs)
+        yield "]\n"
+
+    @app.errorhandler(HTTPException)
+    async def refuse(error: HTTPException) -> Response:
+        text = error.description
+        if isinstance(error, NotFound) and request.routing_exception:
+            text = f"there is nothing at {request.path[:80]}; try POST /job, GET /job/<id> or GET /jobs"
+        elif isinstance(error, MethodNotAllowed):
+            text = f"{request.method} is not possible here, only: {', '.join(error.valid_methods or ())}"
+        elif isinstance(error, RequestEntityTooLarge):
+            text = f"the body must be at most {settings.max_body_bytes:,} bytes"
+        headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
+        return answer(json.dumps({"error": text}) + "\n", error.code or 500, headers)
+
+    @app.errorhandler(redis.RedisError)
+    async def unavailable(error: redis.RedisError) -> Response:
+        if isinstance(error, redis.ResponseError):
+            log.error("Redis refused: %s", error)
+        text = f"Redis cannot serve this now: {error}"
+        return answer(json.dumps({"error": text}) + "\n", 503, {"Retry-After": "1"})
+
+    return app
+
+
+# ── The service ─────────────────────────────────────────────────────────────────────────────────
+
+EXIT_SECONDS = 0.8  # after the end of the grace, until the process ends in any case
+
+
+async def serve(settings: Settings, listener: socket.socket) -> None:
+    """Run the service until SIGINT or SIGTERM, and then in this order:
+
+    1. accept nothing more; the requests under way are answered;
+    2. idle workers leave, busy ones finish their job and report it, their leases still being extended;
+    3. when the grace is over, or at a second signal, what still runs is cancelled and released;
+    4. the last commands reach Redis.
+    """
+    url = settings.redis_url
+    carriers = [RedisConnection(url).exchange for _ in range(CONNECTIONS)] if url else [memory()]
+    pipeline = AutoPipeline(*carriers)
+    store = Store(pipeline)
+    crew = Crew(store, settings)
+    app = create_app(store, crew.bell, settings)
+    async with trio.open_nursery() as talking:
+        talking.start_soon(pipeline.run)
+        async with trio.open_nursery() as tending:
+            await tending.start(stop_on_signal, crew)
+            tending.start_soon(upkeep, crew)
+            if url:
+                connection = RedisConnection(url)
+                tending.start_soon(listen, connection, f"{store.prefix}wake", crew.bell)
+            async with trio.open_nursery() as working:
+                await working.start(serve_http, app, listener, crew)
+                for _ in range(settings.workers):
+                    working.start_soon(work, crew)
+            tending.cancel_scope.cancel()
+        talking.cancel_scope.cancel()
+    log.info("stopped")
+
+
+async def serve_http(
+    app: QuartTrio, listener: socket.socket, crew: Crew, *, task_status: trio.TaskStatus[Any]
+) -> None:
+    """Serve until the crew is stopping; then answer what is under way, until the crew's deadline."""
+    config = hypercorn.Config()
+    config.bind = [f"fd://{listener.detach()}"]
+    config.accesslog = None
+    config.errorlog = logging.getLogger("hypercorn.error")
+    config.include_server_header = False
+    config.graceful_timeout = math.inf
+    with crew.requests:
+        await hypercorn.trio.serve(app, config, shutdown_trigger=crew.stopping.wait, task_status=task_status)
+
+
+async def stop_on_signal(crew: Crew, *, task_status: trio.TaskStatus[None]) -> None:
+    """Stop the crew at the first signal, and without any grace at the second."""
+    grace = crew.settings.shutdown_grace_seconds
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("%s: stopping; what runs has %g s to finish", signal.Signals(number).name, grace)
+            crew.stop(grace)
+            end_process(0, grace + EXIT_SECONDS)
+            grace = 0
+
+
+def end_process(status: int, seconds: float) -> None:
+    """End this process in so many seconds, if it did not by itself.
+
+    A client that reads nothing of a large answer holds hypercorn, which shields what it sends; a handler
+    that blocks the event loop holds everything. What they hold is safe: leases end.
+    """
+    timer = threading.Timer(seconds, os._exit, [status])
+    timer.daemon = True
+    timer.start()
+
+
+def main() -> None:
+    settings = Settings.read(sys.argv[1:], os.environ)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s")
+    logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+    except OSError as error:
+        sys.exit(f"jobqueue.py: cannot listen on {settings.host}, port {settings.port}: {error.strerror}")
+    redis_url = urlsplit(settings.redis_url)
+    log.info(
+        "listening on http://%s:%d with %d workers; jobs are kept in %s",
+        f"[{settings.host}]" if ":" in settings.host else settings.host,
+        listener.getsockname()[1],
+        settings.workers,
+        f"{redis_url.scheme}://{redis_url.netloc.rpartition('@')[2]}{redis_url.path}"
+        if settings.redis_url
+        else "memory, and vanish at exit: set REDIS_URL to keep them",
+    )
+    trio.run(serve, settings, listener)
+
+
+if __name__ == "__main__":
+    main()
