@@ -1,0 +1,1294 @@
+"""The specification of jobqueue, in the order of the module: read the names down the page."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+import jobqueue
+from conftest import Bench, Program, RedisServer, eventually, memory_carrier, record_calls
+from jobqueue import (
+    HANDLERS,
+    AutoPipeline,
+    Bell,
+    Claim,
+    Crew,
+    NewJob,
+    Outcome,
+    RedisConnection,
+    Settings,
+    Status,
+)
+
+Register = Callable[[str], Callable[[Any], Any]]
+Start = Callable[..., Program]
+
+# ── Settings ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_without_flags_or_variables_the_defaults_hold() -> None:
+    assert Settings.read([], {}) == Settings()
+
+
+def test_a_variable_sets_and_a_flag_beats_it() -> None:
+    settings = Settings.read(["--port", "9000"], {"PORT": "9001", "WORKERS": "3", "LEASE_SECONDS": "1.5"})
+    assert (settings.port, settings.workers, settings.lease_seconds) == (9000, 3, 1.5)
+
+
+def test_an_empty_variable_counts_as_unset() -> None:
+    assert Settings.read([], {"REDIS_URL": "", "PORT": ""}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("PORT", value) for value in ("x", "-1", "65536", "1.5")],
+        *[("WORKERS", value) for value in ("many", "-1")],
+        *[("LEASE_SECONDS", value) for value in ("0", "nan", "inf", "1e9")],
+        *[("REDIS_URL", value) for value in ("localhost:6379", "http://localhost")],
+        ("LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_bad_setting_is_one_clear_line_and_status_2(
+    name: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        Settings.read([], {name: value})
+    assert end.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert name in line
+
+
+def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        Settings.read(["--help"], {})
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for name in ("REDIS_URL, default: unset", "PORT, default: 8080", "RETENTION_SECONDS, default: 604800"):
+        assert name in text
+
+
+# ── Jobs ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_backoff_doubles_and_jitter_takes_off_up_to_half() -> None:
+    assert [jobqueue.backoff(n, 0.5, jitter=lambda: 0) for n in (1, 2, 3)] == [0.5, 1, 2]
+    assert [jobqueue.backoff(n, 0.5, jitter=lambda: 1) for n in (1, 2, 3)] == [0.25, 0.5, 1]
+
+
+def test_backoff_is_capped() -> None:
+    assert jobqueue.backoff(101, 3600, jitter=lambda: 0) == jobqueue.BACKOFF_CAP_SECONDS
+
+
+def test_a_job_is_shown_with_iso_times_and_null_for_what_is_not_known() -> None:
+    values: dict[str, str | None] = dict.fromkeys(jobqueue.FIELDS)
+    values |= {"job_type": "math", "payload": '{"a": 1e400}', "error": 'a "b"', "created_at": "1700000000007"}
+    text = jobqueue.job_json("x", values.values())
+    assert '"payload": {"a": 1e400}' in text  # untouched, whatever a parser would make of it
+    shown = json.loads(text)
+    assert shown["created_at"] == "2023-11-14T22:13:20.007Z"
+    assert (shown["id"], shown["error"], shown["result"], shown["finished_at"]) == ("x", 'a "b"', None, None)
+
+
+# ── Handlers ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def handler() -> Iterator[Register]:
+    """The decorator; what it registers is gone after the test."""
+    before = dict(HANDLERS)
+    yield jobqueue.handler
+    HANDLERS.clear()
+    HANDLERS.update(before)
+
+
+@pytest.mark.parametrize(
+    ("job_type", "payload", "problem"),
+    [
+        ("math", {"a": 1}, "payload.b is missing"),
+        ("math", {"a": 1, "b": 2, "c": 3}, "payload.c is not a parameter"),
+        ("math", {"a": 1, "b": 1.5}, "payload.b must be int | str"),
+        ("math", {"a": 1, "b": True}, "payload.b must be int | str"),
+        ("math", {"a": None, "b": 1}, "payload.a must be int | str"),
+        ("email", {"to": "x", "subject": "y", "body": ["z"]}, "payload.body must be str"),
+        ("long", {"seconds": "2"}, "payload.seconds must be float"),
+    ],
+)
+def test_a_payload_that_does_not_fit_the_signature_is_refused_by_name(
+    job_type: str, payload: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem.replace("|", r"\|")):
+        HANDLERS[job_type].check(payload)
+
+
+@pytest.mark.parametrize(
+    ("job_type", "payload"),
+    [("math", {"a": "5", "b": 3}), ("long", {}), ("long", {"seconds": 1}), ("long", {"seconds": 0.5})],
+)
+def test_a_payload_that_fits_is_accepted(job_type: str, payload: dict[str, Any]) -> None:
+    HANDLERS[job_type].check(payload)
+
+
+async def test_math_adds_numbers_and_strings() -> None:
+    assert await HANDLERS["math"]({"a": "5", "b": "3"}) == 8
+    assert await HANDLERS["math"]({"a": 10**30, "b": -1}) == 10**30 - 1
+
+
+async def test_email_takes_one_second_and_long_takes_two(autojump_clock: MockClock) -> None:
+    cases: list[tuple[str, dict[str, Any], int]] = [
+        ("email", {"to": "a@example.com", "subject": "s", "body": "b"}, 1),
+        ("long", {}, 2),
+        ("long", {"seconds": 7}, 7),
+    ]
+    for job_type, payload, seconds in cases:
+        begun = trio.current_time()
+        await HANDLERS[job_type](payload)
+        assert trio.current_time() - begun == seconds
+
+
+async def test_a_def_handler_runs_in_a_thread(handler: Register) -> None:
+    @handler("where")
+    def where() -> int:
+        return threading.get_ident()
+
+    assert await HANDLERS["where"]({}) != threading.get_ident()
+
+
+async def test_a_cancelled_def_handler_is_left_behind(handler: Register) -> None:
+    go_on = threading.Event()
+
+    @handler("stuck")
+    def stuck() -> None:
+        go_on.wait()
+
+    with trio.move_on_after(0.01) as scope:
+        await HANDLERS["stuck"]({})
+    assert scope.cancelled_caught
+    go_on.set()
+
+
+# ── AutoPipeline ────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_commands_of_all_tasks_share_a_round_trip(nursery: trio.Nursery) -> None:
+    batches: list[Any] = []
+    pipeline = AutoPipeline(record_calls(batches))
+    nursery.start_soon(pipeline.run)
+    async with trio.open_nursery() as callers:
+        for n in range(50):
+            callers.start_soon(pipeline.call, ("PING", n))
+    assert len(batches) <= 2
+    assert sorted(command for batch in batches for command in batch) == [("PING", n) for n in range(50)]
+
+
+async def test_every_caller_gets_the_replies_to_his_own_commands(nursery: trio.Nursery) -> None:
+    pipeline = AutoPipeline(record_calls([]), record_calls([]))
+    nursery.start_soon(pipeline.run)
+
+    async def caller(n: int) -> None:
+        commands = [("ECHO", n, k) for k in range(n % 3 + 1)]
+        assert await pipeline.call(*commands) == commands
+
+    async with trio.open_nursery() as callers:
+        for n in range(30):
+            callers.start_soon(caller, n)
+
+
+async def test_a_command_handed_over_is_awaited_even_when_its_caller_is_cancelled(
+    nursery: trio.Nursery,
+) -> None:
+    record: list[str] = []
+    may_reply = trio.Event()
+
+    async def slow(commands: Any) -> list[Any]:
+        await may_reply.wait()
+        return ["done"]
+
+    async def caller() -> None:
+        with trio.CancelScope() as scope:
+            nursery.start_soon(cancel, scope)
+            record.extend(await pipeline.call(("SET", "a", 1)))
+
+    async def cancel(scope: trio.CancelScope) -> None:
+        scope.cancel()
+        await wait_all_tasks_blocked()
+        record.append("cancelled")
+        may_reply.set()
+
+    pipeline = AutoPipeline(slow)
+    nursery.start_soon(pipeline.run)
+    await caller()
+    assert record == ["cancelled", "done"]
+
+
+async def test_a_caller_already_cancelled_sends_nothing(nursery: trio.Nursery) -> None:
+    batches: list[Any] = []
+    pipeline = AutoPipeline(record_calls(batches))
+    nursery.start_soon(pipeline.run)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await pipeline.call(("SET", "a", 1))
+    await wait_all_tasks_blocked()
+    assert batches == []
+
+
+async def test_a_lost_connection_goes_to_every_caller_and_the_next_call_tries_again(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = 0
+
+    async def breaks_once(commands: Any) -> list[Any]:
+        nonlocal tries
+        tries += 1
+        await wait_all_tasks_blocked()
+        if tries == 1:
+            raise redis.ConnectionError("gone")
+        return list(commands)
+
+    pipeline = AutoPipeline(breaks_once)
+    nursery.start_soon(pipeline.run)
+    failed: list[int] = []
+
+    async def caller(n: int) -> None:
+        try:
+            await pipeline.call(("PING", n))
+        except redis.ConnectionError:
+            failed.append(n)
+
+    with caplog.at_level(logging.INFO):
+        async with trio.open_nursery() as callers:
+            for n in range(3):
+                callers.start_soon(caller, n)
+        assert sorted(failed) == [0, 1, 2]
+        assert await pipeline.call(("PING",)) == [("PING",)]
+    assert [r.message for r in caplog.records] == ["Redis is away: gone; waiting for it", "Redis is back"]
+
+
+async def test_a_refusal_goes_to_its_own_caller_alone(
+    redis_server: RedisServer, nursery: trio.Nursery
+) -> None:
+    pipeline = AutoPipeline(RedisConnection(redis_server.url).exchange)
+    nursery.start_soon(pipeline.run)
+    good, bad, also_good = await pipeline.call(("SET", "a", "1"), ("LPUSH", "a", "x"), ("GET", "a"))
+    assert (good, also_good) == ("OK", "1")
+    assert isinstance(bad, redis.ResponseError)
+    assert "WRONGTYPE" in str(bad)
+
+
+async def test_a_reply_larger_than_any_buffer_arrives_whole(redis_server: RedisServer) -> None:
+    connection = RedisConnection(redis_server.url)
+    text = "ä" * 3_000_000
+    assert await connection.exchange([("SET", "a", text), ("GET", "a")]) == ["OK", text]
+
+
+async def test_redis_frozen_is_a_timeout_and_then_a_new_connection(
+    own_redis: Callable[..., RedisServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = own_redis()
+    connection = RedisConnection(server.url)
+    assert await connection.exchange([("SET", "a", 1)]) == ["OK"]
+    monkeypatch.setattr(jobqueue, "REPLY_SECONDS", 0.05)
+    server.send_signal(signal.SIGSTOP)
+    with pytest.raises(redis.TimeoutError):
+        await connection.exchange([("GET", "a")])
+    monkeypatch.undo()
+    server.send_signal(signal.SIGCONT)
+    assert await connection.exchange([("GET", "a")]) == ["1"]
+
+
+async def test_a_wrong_password_is_a_connection_error_that_says_so(
+    own_redis: Callable[..., RedisServer],
+) -> None:
+    server = own_redis()
+    server.client.config_set("requirepass", "secret")
+    right = RedisConnection(f"redis://:secret@127.0.0.1:{server.port}/1")
+    assert await right.exchange([("PING",)]) == ["PONG"]
+    wrong = RedisConnection(f"redis://:guess@127.0.0.1:{server.port}")
+    with pytest.raises(redis.ConnectionError, match="invalid username-password"):
+        await wrong.exchange([("PING",)])
+    server.client.connection_pool.connection_kwargs["password"] = "secret"
+
+
+# ── Store: each test on fakeredis and on a real Redis ───────────────────────────────────────────
+
+LEASE = 15.0
+
+
+def new_job(delay: float = 0, max_retries: int = 3, payload: str = '{"a": 1, "b": 2}') -> NewJob:
+    return NewJob(str(uuid.uuid4()), "math", payload, max_retries, 60.0, delay)
+
+
+async def submitted(bench: Bench, count: int = 1, **options: Any) -> list[str]:
+    jobs = [new_job(**options) for _ in range(count)]
+    await bench.store.submit(jobs)
+    return [job.id for job in jobs]
+
+
+async def claim(bench: Bench, token: str) -> Claim:
+    _, claimed = await bench.store.report_and_claim(None, token, LEASE)
+    assert claimed
+    return claimed
+
+
+async def report(bench: Bench, claimed: Claim, transition: str, *arguments: str | int) -> bool:
+    accepted, _ = await bench.store.report_and_claim(Outcome(claimed, transition, arguments), "", LEASE)
+    return accepted
+
+
+REPORTS = [("complete", "3"), ("fail", "E"), ("retry", "E", 500), ("release",)]
+
+
+async def test_a_submitted_job_is_pending_in_the_queue_and_in_the_history(bench: Bench) -> None:
+    [job_id] = await submitted(bench)
+    assert bench.places() == {"queue": [job_id]}
+    shown = json.loads(await bench.store.get(job_id) or "")
+    assert (shown["status"], shown["attempts"], shown["payload"]) == ("pending", 0, {"a": 1, "b": 2})
+    assert await bench.store.page(None, "", 10) == ("", [await bench.store.get(job_id)])
+
+
+async def test_jobs_are_claimed_first_in_first_out(bench: Bench) -> None:
+    ids = await submitted(bench, 3)
+    ids += await submitted(bench, 2)
+    assert [(await claim(bench, f"i:{n}")).id for n in range(5)] == ids
+
+
+async def test_a_submission_sent_twice_changes_nothing(bench: Bench) -> None:
+    job = new_job()
+    await bench.store.submit([job])
+    claimed = await claim(bench, "i:1")
+    before = bench.job(job.id)
+    await bench.store.submit([job])
+    assert bench.job(job.id) == before
+    assert bench.places() == {"processing": [claimed.id]}
+    assert bench.client.zcard("{jobqueue}:history") == 1
+
+
+async def test_a_claim_moves_the_job_to_processing_and_counts_an_attempt(bench: Bench) -> None:
+    [job_id] = await submitted(bench)
+    claimed = await claim(bench, "i:1")
+    assert claimed == Claim("i:1", job_id, "math", '{"a": 1, "b": 2}', 1, 3, 60.0)
+    assert bench.places() == {"processing": [job_id]}
+    assert bench.client.zscore("{jobqueue}:processing", job_id) == (bench.now + LEASE) * 1000
+    assert bench.job(job_id)["status"] == "processing"
+
+
+async def test_an_empty_queue_gives_no_claim(bench: Bench) -> None:
+    assert await bench.store.report_and_claim(None, "i:1", LEASE) == (True, None)
+
+
+async def test_a_queued_id_whose_job_was_deleted_is_passed_over(bench: Bench) -> None:
+    gone, job_id = await submitted(bench, 2)
+    bench.client.delete(f"{{jobqueue}}:job:{gone}")
+    assert (await claim(bench, "i:1")).id == job_id
+
+
+async def test_a_completed_job_keeps_its_result(bench: Bench) -> None:
+    [job_id] = await submitted(bench)
+    assert await report(bench, await claim(bench, "i:1"), "complete", "3")
+    assert bench.places() == {"completed": [job_id]}
+    shown = json.loads(await bench.store.get(job_id) or "")
+    assert (shown["status"], shown["result"], shown["error"]) == ("completed", 3, None)
+    assert shown["finished_at"] is not None
+
+
+async def test_a_failed_job_keeps_its_error(bench: Bench) -> None:
+    [job_id] = await submitted(bench)
+    assert await report(bench, await claim(bench, "i:1"), "fail", "E: bad")
+    assert bench.places() == {"failed": [job_id]}
+    shown = json.loads(await bench.store.get(job_id) or "")
+    assert (shown["status"], shown["result"], shown["error"]) == ("failed", None, "E: bad")
+
+
+async def test_a_retry_waits_in_delayed_until_it_is_due(bench: Bench) -> None:
+    [job_id] = await submitted(bench)
+    assert await report(bench, await claim(bench, "i:1"), "retry", "E", 500)
+    assert bench.places() == {"delayed": [job_id]}
+    assert bench.job(job_id)["status"] == "pending"
+    assert (await bench.store.sweep(0)).wait == 0.5
+    bench.move(0.5)
+    assert (await bench.store.sweep(0)).ready == 1
+    assert (await claim(bench, "i:2")).attempts == 2
+
+
+async def test_the_error_of_an_earlier_attempt_is_gone_when_the_job_completes(bench: Bench) -> None:
+    [job_id] = await submitted(bench)
+    await report(bench, await claim(bench, "i:1"), "retry", "E", 0)
+    assert bench.job(job_id)["error"] == "E"
+    await bench.store.sweep(0)
+    await report(bench, await claim(bench, "i:2"), "complete", "3")
+    assert json.loads(await bench.store.get(job_id) or "")["error"] is None
+
+
+async def test_a_released_job_goes_to_the_front_and_its_attempt_does_not_count(bench: Bench) -> None:
+    first, second = await submitted(bench, 2)
+    assert await report(bench, await claim(bench, "i:1"), "release")
+    assert bench.places() == {"queue": [first, second]}
+    assert (await claim(bench, "i:2")).attempts == 1
+
+
+@pytest.mark.parametrize("first", REPORTS)
+async def test_a_report_sent_twice_changes_nothing_the_second_time(
+    bench: Bench, first: tuple[Any, ...]
+) -> None:
+    [job_id] = await submitted(bench)
+    claimed = await claim(bench, "i:1")
+    assert await report(bench, claimed, *first)
+    places, job = bench.places(), bench.job(job_id)
+    bench.move(1)
+    # A release takes the token away, since the job may be claimed again at once: it is refused when resent.
+    assert await report(bench, claimed, *first) == (first != ("release",))
+    assert (bench.places(), bench.job(job_id)) == (places, job)
+
+
+@pytest.mark.parametrize("late", REPORTS)
+async def test_a_report_after_the_lease_was_lost_is_refused(bench: Bench, late: tuple[Any, ...]) -> None:
+    [job_id] = await submitted(bench)
+    stale = await claim(bench, "i:1")
+    bench.move(LEASE)
+    await bench.store.sweep(0)
+    assert not await report(bench, stale, *late)  # back in the queue
+    current = await claim(bench, "j:1")
+    before = bench.job(job_id)
+    assert not await report(bench, stale, *late)  # run by another
+    assert bench.job(job_id) == before
+    assert await report(bench, current, "complete", "3")
+    assert not await report(bench, stale, *late)  # finished by another
+    assert bench.places() == {"completed": [job_id]}
+
+
+async def test_a_report_after_the_lease_ended_but_before_a_sweep_is_accepted(bench: Bench) -> None:
+    [job_id] = await submitted(bench)
+    claimed = await claim(bench, "i:1")
+    bench.move(LEASE * 10)
+    assert await report(bench, claimed, "complete", "3")
+    assert bench.places() == {"completed": [job_id]}
+
+
+async def test_report_and_claim_share_a_round_trip(bench: Bench) -> None:
+    first, second = await submitted(bench, 2)
+    claimed = await claim(bench, "i:1")
+    accepted, following = await bench.store.report_and_claim(
+        Outcome(claimed, "complete", ("3",)), "i:2", LEASE
+    )
+    assert accepted
+    assert following is not None
+    assert following.id == second
+    assert bench.places() == {"processing": [second], "completed": [first]}
+
+
+async def test_a_refused_report_still_claims(bench: Bench) -> None:
+    first, second = await submitted(bench, 2)
+    stale = (await claim(bench, "i:1"))._replace(token="i:99")
+    accepted, following = await bench.store.report_and_claim(Outcome(stale, "complete", ("3",)), "i:2", LEASE)
+    assert not accepted
+    assert following is not None
+    assert following.id == second
+    assert bench.places() == {"processing": sorted([first, second])}
+
+
+async def test_extend_lets_leases_end_later(bench: Bench) -> None:
+    [job_id] = await submitted(bench)
+    await claim(bench, "i:1")
+    bench.move(10)
+    assert await bench.store.extend("i", 1, ["i:1"], LEASE) == []
+    bench.move(10)
+    assert (await bench.store.sweep(0)).ended == []
+    bench.move(5)
+    assert (await bench.store.sweep(0)).ended == [(job_id, "pending")]
+
+
+async def test_extend_tells_which_tokens_hold_no_job(bench: Bench) -> None:
+    await submitted(bench, 2)
+    await claim(bench, "i:1")
+    lost = await claim(bench, "i:2")
+    bench.client.delete("{jobqueue}:processing")
+    bench.client.zadd("{jobqueue}:processing", {(await claim_id(bench, "i:1")): 9e15})
+    assert await bench.store.extend("i", 2, ["i:1", "i:2"], LEASE) == [lost.token]
+
+
+async def claim_id(bench: Bench, token: str) -> str:
+    keys = bench.client.keys("{jobqueue}:job:*")
+    [key] = [key for key in keys if bench.client.hget(key, "token") == token]
+    return str(key.rpartition(":")[2])
+
+
+async def test_extend_releases_what_this_instance_claimed_without_knowing(bench: Bench) -> None:
+    lost, _known, _others, _newer = await submitted(bench, 4)
+    for token in ("i:1", "i:2", "j:1", "i:3"):
+        await claim(bench, token)
+    assert await bench.store.extend("i", 2, ["i:2"], LEASE) == []
+    assert bench.places()["queue"] == [lost]
+    assert len(bench.places()["processing"]) == 3
+    assert (await claim(bench, "i:4")).attempts == 1
+
+
+async def test_an_ended_lease_returns_the_job_to_the_front_of_the_queue(bench: Bench) -> None:
+    [job_id] = await submitted(bench)
+    await claim(bench, "i:1")
+    [waiting] = await submitted(bench)
+    bench.move(LEASE - 0.001)
+    assert (await bench.store.sweep(0)).ended == []
+    bench.move(0.001)
+    assert (await bench.store.sweep(0)).ended == [(job_id, "pending")]
+    assert bench.places() == {"queue": [job_id, waiting]}
+    assert (await claim(bench, "i:2")).attempts == 2
+
+
+async def test_a_job_whose_lease_ends_in_every_attempt_fails(bench: Bench) -> None:
+    [job_id] = await submitted(bench, max_retries=2)
+    for n in range(3):
+        assert (await claim(bench, f"i:{n}")).attempts == n + 1
+        bench.move(LEASE)
+        [(_, status)] = (await bench.store.sweep(0)).ended
+    assert status == Status.FAILED
+    assert bench.places() == {"failed": [job_id]}
+    assert "worker died" in bench.job(job_id)["error"]
+
+
+async def test_a_sweep_may_leave_leases_alone(bench: Bench) -> None:
+    await submitted(bench)
+    await claim(bench, "i:1")
+    bench.move(LEASE)
+    assert (await bench.store.sweep(0, end_leases=False)).ended == []
+
+
+async def test_a_delayed_job_is_queued_when_it_is_due_and_not_before(bench: Bench) -> None:
+    [job_id] = await submitted(bench, delay=10)
+    assert bench.places() == {"delayed": [job_id]}
+    assert bench.job(job_id)["status"] == "pending"
+    bench.move(9)
+    assert await bench.store.sweep(0) == (0, 1.0, [])
+    bench.move(1)
+    assert await bench.store.sweep(0) == (1, math.inf, [])
+    assert bench.places() == {"queue": [job_id]}
+
+
+async def test_finished_jobs_are_deleted_after_the_retention_and_others_never(bench: Bench) -> None:
+    done, failed, running, waiting = await submitted(bench, 4)
+    await report(bench, await claim(bench, "i:1"), "complete", "3")
+    await report(bench, await claim(bench, "i:2"), "fail", "E")
+    await claim(bench, "i:3")
+    bench.move(99)
+    await bench.store.sweep(100, end_leases=False)
+    assert len(bench.places()) == 4
+    bench.move(1)
+    await bench.store.sweep(0, end_leases=False)
+    assert len(bench.places()) == 4
+    await bench.store.sweep(100, end_leases=False)
+    assert bench.places() == {"queue": [waiting], "processing": [running]}
+    assert await bench.store.get(done) is None
+    assert await bench.store.get(failed) is None
+    assert bench.client.zrange("{jobqueue}:history", 0, -1) == [running, waiting]
+
+
+async def test_a_sweep_does_bounded_work_and_says_that_there_is_more(bench: Bench) -> None:
+    await submitted(bench, 5, delay=1)
+    bench.move(1)
+    assert (await bench.store.sweep(0, most=2))[:2] == (2, 0)
+    assert (await bench.store.sweep(0, most=2))[:2] == (4, 0)
+    assert (await bench.store.sweep(0, most=2))[:2] == (5, math.inf)
+
+
+async def listed(bench: Bench, status: Status | None, limit: int) -> list[list[str]]:
+    pages, cursor = [], ""
+    while True:
+        cursor, jobs = await bench.store.page(status, cursor, limit)
+        pages.append([json.loads(job)["id"] for job in jobs])
+        if not cursor:
+            return pages
+
+
+async def test_pages_are_newest_first_and_cover_every_job_once(bench: Bench) -> None:
+    ids = await submitted(bench, 7)
+    assert await listed(bench, None, 3) == [ids[:3:-1], ids[3:0:-1], ids[0:1]]
+
+
+async def test_jobs_that_come_while_one_reads_do_not_shift_the_pages(bench: Bench) -> None:
+    ids = await submitted(bench, 4)
+    cursor, jobs = await bench.store.page(None, "", 2)
+    await submitted(bench, 5)
+    _, more = await bench.store.page(None, cursor, 2)
+    assert [json.loads(job)["id"] for job in jobs + more] == ids[::-1]
+
+
+async def test_pages_by_status_are_the_places_of_that_status(bench: Bench) -> None:
+    ids = await submitted(bench, 9)
+    for n in range(6):
+        claimed = await claim(bench, f"i:{n}")
+        if n < 4:
+            await report(bench, claimed, "complete" if n % 2 else "fail", "0")
+            bench.move(1)
+    delayed = await submitted(bench, 2, delay=60)
+    assert await listed(bench, Status.FAILED, 1) == [[ids[2]], [ids[0]], []]
+    assert await listed(bench, Status.COMPLETED, 5) == [[ids[3], ids[1]]]
+    assert [set(page) for page in await listed(bench, Status.PROCESSING, 5)] == [{ids[4], ids[5]}]
+    pending = [job_id for page in await listed(bench, Status.PENDING, 2) for job_id in page]
+    assert set(pending[:2]) == set(delayed)
+    assert pending[2:] == ids[:5:-1]
+
+
+async def test_a_cursor_that_left_its_place_ends_the_list(bench: Bench) -> None:
+    ids = await submitted(bench, 4)
+    cursor, _ = await bench.store.page(Status.PENDING, "", 2)
+    for n in range(4):
+        await claim(bench, f"i:{n}")
+    assert cursor == ids[2]
+    assert await bench.store.page(Status.PENDING, cursor, 2) == ("", [])
+
+
+async def test_scripts_survive_a_redis_that_forgot_them(bench: Bench) -> None:
+    await submitted(bench)
+    bench.client.script_flush()
+    await claim(bench, "i:1")
+
+
+async def test_filling_the_empty_queue_is_published_once(
+    redis_server: RedisServer, nursery: trio.Nursery
+) -> None:
+    bench = Bench(RedisConnection(redis_server.url).exchange, redis_server.client)
+    nursery.start_soon(bench.pipeline.run)
+    channel: Any = redis_server.client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+    channel.subscribe("{jobqueue}:wake")
+    channel.get_message(timeout=5)
+    await submitted(bench, 3)
+    await submitted(bench, 1)
+    assert channel.get_message(timeout=5)
+    assert channel.get_message(timeout=0.05) is None
+    channel.close()
+
+
+# ── Workers ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_bell_wakes_as_many_as_there_are_jobs(nursery: trio.Nursery) -> None:
+    bell, woken = Bell(), list[int]()
+
+    async def sleeper(n: int) -> None:
+        await bell.wait(bell.rings)
+        woken.append(n)
+
+    for n in range(5):
+        nursery.start_soon(sleeper, n)
+    await wait_all_tasks_blocked()
+    bell.ring(2)
+    await wait_all_tasks_blocked()
+    assert len(woken) == 2
+    bell.ring()
+    await wait_all_tasks_blocked()
+    assert len(woken) == 5
+
+
+async def test_a_ring_before_the_wait_is_not_missed() -> None:
+    bell = Bell()
+    seen = bell.rings
+    bell.ring()
+    await bell.wait(seen)
+
+
+async def run_crew(bench: Bench, nursery: trio.Nursery, workers: int = 1, **settings: Any) -> Crew:
+    crew = Crew(bench.store, Settings(**settings))
+    for _ in range(workers):
+        nursery.start_soon(jobqueue.work, crew)
+    nursery.start_soon(jobqueue.upkeep, crew)
+    await wait_all_tasks_blocked()
+    return crew
+
+
+async def finished(bench: Bench, job_id: str) -> dict[str, str]:
+    """The job once it has ended, on virtual time."""
+    for _ in range(10_000):
+        if bench.job(job_id)["status"] in ("completed", "failed"):
+            return bench.job(job_id)
+        await trio.sleep(0.05)
+    raise AssertionError(bench.job(job_id))
+
+
+async def submit_typed(bench: Bench, crew: Crew, job_type: str, payload: str = "{}", **options: Any) -> str:
+    job = new_job(payload=payload, **options)._replace(job_type=job_type)
+    await bench.store.submit([job])
+    crew.bell.ring(1)
+    return job.id
+
+
+async def test_a_job_is_run_and_its_result_kept(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
+) -> None:
+    crew = await run_crew(memory_bench, nursery)
+    job_id = await submit_typed(memory_bench, crew, "math", '{"a": "5", "b": 3}')
+    assert (await finished(memory_bench, job_id))["result"] == "8"
+    assert crew.tokens - {f"{crew.instance}:{crew.claims}"} == set()
+    assert crew.runs == {}
+
+
+async def test_a_job_that_always_fails_is_run_once_and_then_max_retries_times(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
+) -> None:
+    starts: list[float] = []
+
+    @handler("bad")
+    async def bad() -> None:
+        starts.append(trio.current_time())
+        raise KeyError("why")
+
+    crew = await run_crew(memory_bench, nursery, retry_delay_seconds=10)
+    job_id = await submit_typed(memory_bench, crew, "bad")
+    job = await finished(memory_bench, job_id)
+    assert (job["status"], job["error"], job["attempts"]) == ("failed", "KeyError: 'why'", "4")
+    waits = [b - a for a, b in itertools.pairwise(starts)]
+    for wait, longest in zip(waits, (10, 20, 40), strict=True):
+        assert longest / 2 <= wait <= longest + jobqueue.TICK_SECONDS + 0.01
+
+
+async def test_a_job_that_fails_once_completes_in_its_second_attempt(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
+) -> None:
+    attempts: list[int] = []
+
+    @handler("flaky")
+    async def flaky() -> str:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise ExceptionGroup("a nursery", [ValueError("not yet")])
+        return "ok"
+
+    crew = await run_crew(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "flaky"))
+    assert (job["status"], job["result"], job["attempts"]) == ("completed", '"ok"', "2")
+
+
+async def test_a_run_longer_than_its_timeout_is_cancelled_and_is_a_failed_attempt(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
+) -> None:
+    record: list[str] = []
+
+    @handler("slow")
+    async def slow() -> None:
+        try:
+            await trio.sleep(3600)
+        finally:
+            record.append("unwound")
+
+    crew = await run_crew(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "slow", max_retries=0))
+    assert (job["status"], job["error"]) == ("failed", "timed out after 60 s")
+    assert record == ["unwound"]
+
+
+@pytest.mark.parametrize("result", [{1, 2}, math.nan, object()])
+async def test_a_result_that_is_not_json_is_a_failed_attempt(
+    autojump_clock: MockClock,
+    memory_bench: Bench,
+    nursery: trio.Nursery,
+    handler: Register,
+    result: Any,
+) -> None:
+    @handler("odd")
+    async def odd() -> Any:
+        return result
+
+    crew = await run_crew(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "odd", max_retries=0))
+    assert job["status"] == "failed"
+    assert "JSON" in job["error"]
+
+
+async def test_a_type_that_this_instance_does_not_know_is_a_failed_attempt(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
+) -> None:
+    crew = await run_crew(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "other", max_retries=0))
+    assert job["error"] == "LookupError: there is no handler for 'other' here"
+
+
+async def test_a_long_job_keeps_its_lease(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
+) -> None:
+    crew = await run_crew(memory_bench, nursery, lease_seconds=1)
+    job_id = await submit_typed(memory_bench, crew, "long", '{"seconds": 30}')
+    assert (await finished(memory_bench, job_id))["attempts"] == "1"
+
+
+async def test_who_loses_his_lease_is_cancelled_and_reports_nothing(
+    autojump_clock: MockClock,
+    memory_bench: Bench,
+    nursery: trio.Nursery,
+    handler: Register,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    record: list[str] = []
+
+    @handler("slow")
+    async def slow() -> None:
+        try:
+            await trio.sleep(20)
+        except trio.Cancelled:
+            record.append("cancelled")
+            raise ValueError("a bad clean-up") from None
+
+    crew = await run_crew(memory_bench, nursery)
+    job_id = await submit_typed(memory_bench, crew, "slow")
+    await trio.sleep(1)
+    memory_bench.client.hset(f"{{jobqueue}}:job:{job_id}", "token", "another:1")
+    await trio.sleep(1)
+    assert record == ["cancelled"]
+    assert memory_bench.places() == {"processing": [job_id]}
+    assert memory_bench.job(job_id)["token"] == "another:1"
+    assert "its lease was lost" in caplog.text
+
+
+async def test_a_claim_whose_reply_was_lost_is_run_all_the_same_and_counts_once(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
+) -> None:
+    carry, lost = memory_bench.carrier, list[Any]()
+
+    async def lossy(commands: Any) -> list[Any]:
+        replies = await carry(commands)
+        if not lost and any(isinstance(reply, list) and "math" in reply for reply in replies):
+            lost.append(replies)
+            raise redis.ConnectionError("cut")
+        return replies
+
+    memory_bench.carrier = lossy
+    crew = await run_crew(memory_bench, nursery, max_retries=0)
+    job_id = await submit_typed(memory_bench, crew, "math", '{"a": 1, "b": 2}', max_retries=0)
+    job = await finished(memory_bench, job_id)
+    assert lost
+    assert (job["status"], job["attempts"]) == ("completed", "1")
+
+
+async def test_a_report_whose_reply_was_lost_is_sent_again(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
+) -> None:
+    carry, lost = memory_bench.carrier, list[Any]()
+
+    async def lossy(commands: Any) -> list[Any]:
+        replies = await carry(commands)
+        if len(lost) < 3 and any("3" in command for command in commands):
+            lost.append(replies)
+            raise redis.ConnectionError("cut")
+        return replies
+
+    memory_bench.carrier = lossy
+    crew = await run_crew(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "math", '{"a": 1, "b": 2}'))
+    await trio.sleep(2)
+    assert len(lost) == 3
+    assert (job["status"], job["attempts"]) == ("completed", "1")
+    assert len(memory_bench.client.zrange("{jobqueue}:completed", 0, -1)) == 1
+
+
+async def test_stopping_lets_busy_workers_finish_and_claims_nothing_more(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
+) -> None:
+    async with trio.open_nursery() as workers:
+        crew = await run_crew(memory_bench, nursery, workers=0)
+        for _ in range(2):
+            workers.start_soon(jobqueue.work, crew)
+        running = [await submit_typed(memory_bench, crew, "long", '{"seconds": 5}') for _ in range(2)]
+        waiting = await submit_typed(memory_bench, crew, "long")
+        await trio.sleep(1)
+        crew.stop(grace=20)
+        crew.stop(grace=20)
+    assert trio.current_time() < 6
+    assert memory_bench.places() == {"queue": [waiting], "completed": sorted(running)}
+
+
+async def test_at_the_end_of_the_grace_a_run_is_cancelled_and_released(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
+) -> None:
+    record: list[str] = []
+
+    @handler("slow")
+    async def slow() -> None:
+        try:
+            await trio.sleep(1000)
+        finally:
+            record.append("unwound")
+
+    async with trio.open_nursery() as workers:
+        crew = await run_crew(memory_bench, nursery, workers=0)
+        workers.start_soon(jobqueue.work, crew)
+        job_id = await submit_typed(memory_bench, crew, "slow")
+        waiting = await submit_typed(memory_bench, crew, "math")
+        await trio.sleep(1)
+        crew.stop(grace=3)
+    assert record == ["unwound"]
+    assert memory_bench.places() == {"queue": [job_id, waiting]}
+    assert memory_bench.job(job_id)["attempts"] == "0"
+
+
+async def test_idle_workers_leave_at_once(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
+) -> None:
+    async with trio.open_nursery() as workers:
+        crew = await run_crew(memory_bench, nursery, workers=0)
+        for _ in range(10):
+            workers.start_soon(jobqueue.work, crew)
+        await wait_all_tasks_blocked()
+        crew.stop(grace=20)
+    assert trio.current_time() < 1
+
+
+async def test_leases_are_not_ended_just_after_redis_was_away(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
+) -> None:
+    carry, away = memory_bench.carrier, trio.Event()
+
+    async def flickering(commands: Any) -> list[Any]:
+        if away.is_set():
+            raise redis.ConnectionError("away")
+        return await carry(commands)
+
+    memory_bench.carrier = flickering
+    crew = await run_crew(memory_bench, nursery, lease_seconds=2)
+    job_id = await submit_typed(memory_bench, crew, "long", '{"seconds": 30}')
+    await trio.sleep(5)
+    away.set()
+    await trio.sleep(10)
+    away = trio.Event()
+    assert (await finished(memory_bench, job_id))["attempts"] == "1"
+
+
+# ── HTTP ────────────────────────────────────────────────────────────────────────────────────────
+
+GOOD: dict[str, Any] = {"job_type": "math", "payload": {"a": "5", "b": "3"}}
+
+
+class Api:
+    """The REST API without a server around it, and without workers behind it."""
+
+    def __init__(self, bench: Bench, settings: Settings) -> None:
+        self.bench = bench
+        self.client: Any = jobqueue.create_app(bench.store, Bell(), settings).test_client()
+
+    async def post(self, body: Any, content_type: str = "application/json") -> tuple[int, Any]:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        response = await self.client.post("/job", data=content, headers={"Content-Type": content_type})
+        return response.status_code, json.loads(await response.get_data())
+
+    async def get(self, path: str, method: str = "GET") -> tuple[int, Any]:
+        response = await self.client.open(path, method=method)
+        self.headers = response.headers
+        return response.status_code, json.loads(await response.get_data())
+
+
+@pytest.fixture
+async def api(nursery: trio.Nursery) -> Api:
+    client = fakeredis.FakeRedis(decode_responses=True)
+    bench = Bench(memory_carrier(client), client)
+    nursery.start_soon(bench.pipeline.run)
+    return Api(bench, Settings(max_body_bytes=200_000))
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"job_type": "email", "payload": {"to": "user@example.com", "subject": "Hello", "body": "Welcome!"}},
+        {"job_type": "math", "payload": {"a": "5", "b": "3"}},
+        {"job_type": "long", "payload": {}},
+    ],
+)
+async def test_a_job_is_accepted_with_its_id_and_its_address(api: Api, job: dict[str, Any]) -> None:
+    response = await api.client.post("/job", json=job)
+    answer = json.loads(await response.get_data())
+    assert response.status_code == 202
+    assert response.headers["Location"] == f"/job/{uuid.UUID(answer['id'])}"
+    assert answer.keys() == {"id"}
+    status, shown = await api.get(response.headers["Location"])
+    assert status == 200
+    assert (shown["id"], shown["status"], shown["payload"]) == (answer["id"], "pending", job["payload"])
+
+
+async def test_delay_timeout_and_max_retries_are_taken_as_given(api: Api) -> None:
+    status, answer = await api.post(GOOD | {"delay": 1.5, "timeout": 0.5, "max_retries": 0})
+    assert status == 202
+    _, shown = await api.get(f"/job/{answer['id']}")
+    assert (shown["timeout"], shown["max_retries"]) == (0.5, 0)
+    assert api.bench.places() == {"delayed": [answer["id"]]}
+    assert shown["due_at"] > shown["created_at"]
+
+
+async def test_an_array_submits_all_in_order(api: Api) -> None:
+    status, answer = await api.post([GOOD, GOOD | {"payload": {"a": 1, "b": 1}}, GOOD])
+    assert status == 202
+    assert api.bench.places() == {"queue": [job["id"] for job in answer]}
+
+
+def amounts(name: str) -> list[Any]:
+    bad: tuple[Any, ...] = (-1, True, "1", None, [], 1e300, 10**30)
+    return [pytest.param(GOOD | {name: value}, name, id=f"{name}={value!r}") for value in bad]
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b'"text"', "must be an object"),
+        (b"1", "must be an object"),
+        (b"null", "must be an object"),
+        (b"\xff", "not UTF-8"),
+        (b'{"job_type": "math", "payload": {"a": NaN, "b": 1}}', "NaN"),
+        (b'{"job_type": "math", "payload": {"a": Infinity, "b": 1}}', "Infinity"),
+        (b'{"job_type": "math", "payload": {"a": 1, "b": 1}, "delay": -Infinity}', "-Infinity"),
+        (b'{"job_type": "math", "payload": {"a": 1, "b": 1}, "timeout": 1e999}', "timeout"),
+        (b'{"job_type": "math", "payload": {"a": 1e999, "b": 1}}', "too large"),
+        (b'{"job_type": "math", "payload": {"a": "\\ud800", "b": 1}}', "surrogate"),
+        (b'{"job_type": "\\ud800", "payload": {}}', "job_type"),
+        (b'{"\\ud800": 1}', "not a field"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"job_type": "math", "payload": ' + b'{"a":' * 20_000 + b"1" + b"}" * 20_001, "nested too deeply"),
+        (b'{"job_type": "math", "payload": {"a": ' + b"9" * 10_000 + b', "b": 1}}', "too many digits"),
+        ({"payload": {}}, "job_type must be one of: email, math, long"),
+        (GOOD | {"job_type": "nope"}, "job_type must be one of: email, math, long"),
+        (GOOD | {"job_type": 1}, "job_type"),
+        (GOOD | {"job_type": ["math"]}, "job_type"),
+        ({"job_type": "math"}, "payload must be an object"),
+        (GOOD | {"payload": []}, "payload must be an object"),
+        (GOOD | {"payload": None}, "payload must be an object"),
+        (GOOD | {"payload": {"a": 1}}, "payload.b is missing"),
+        (GOOD | {"payload": {"a": 1, "b": 2, "c": 3}}, "payload.c is not a parameter"),
+        (GOOD | {"payload": {"a": 1, "b": {}}}, "payload.b must be int | str"),
+        (GOOD | {"priority": 1}, "'priority' is not a field"),
+        (GOOD | {"max_retries": 1.0}, "max_retries must be a whole number from 0 to 100"),
+        (GOOD | {"timeout": 0}, "timeout must be a number from 0.001"),
+        *amounts("delay"),
+        *amounts("timeout"),
+        *amounts("max_retries"),
+        ([], "at least one job"),
+        ([GOOD, GOOD | {"payload": {"a": 1}}], "job 1 of the array: payload.b is missing"),
+        ([GOOD, 7], "job 1 of the array: a job must be an object"),
+        ([[GOOD]], "job 0 of the array: a job must be an object"),
+    ],
+)
+async def test_a_bad_body_is_a_400_that_says_what_is_wrong_and_stores_nothing(
+    api: Api, body: Any, problem: str
+) -> None:
+    status, answer = await api.post(body)
+    assert (status, list(answer)) == (400, ["error"])
+    assert problem in answer["error"]
+    assert api.bench.client.keys("{jobqueue}:*") == ["{jobqueue}:clock"]
+
+
+@pytest.mark.parametrize(
+    "content_type", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]
+)
+async def test_another_content_type_is_415(api: Api, content_type: str) -> None:
+    status, answer = await api.post(GOOD, content_type)
+    assert (status, answer) == (415, {"error": "the Content-Type must be application/json"})
+
+
+async def test_a_charset_behind_the_content_type_is_fine(api: Api) -> None:
+    assert (await api.post(GOOD, "application/json; charset=utf-8"))[0] == 202
+
+
+async def test_a_body_over_the_limit_is_413(api: Api) -> None:
+    status, answer = await api.post(b" " * 200_001)
+    assert (status, answer) == (413, {"error": "the body must be at most 200,000 bytes"})
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/job/", 404),
+        ("POST", "/nowhere", 404),
+        ("GET", "/job/not-an-id", 404),
+        ("GET", "/job/%F0%9F%92%A9", 404),
+        ("GET", "/job/%ed%a0%80", 404),
+        ("GET", "/job/..%2f..", 404),
+        ("GET", f"/job/{uuid.UUID(int=0)}", 404),
+        ("GET", "/job", 405),
+        ("PUT", "/job", 405),
+        ("POST", "/jobs", 405),
+        ("PATCH", "/job/x", 405),
+        ("GET", "/jobs?limit=0", 400),
+        ("GET", "/jobs?limit=1001", 400),
+        ("GET", "/jobs?limit=-1", 400),
+        ("GET", "/jobs?limit=x", 400),
+        ("GET", "/jobs?limit=", 400),
+        ("GET", "/jobs?limit=%D9%A1", 400),
+        ("GET", "/jobs?status=done", 400),
+        ("GET", "/jobs?status=", 400),
+        ("GET", "/jobs?cursor=x", 400),
+        ("GET", "/jobs?cursor=-1", 400),
+        ("GET", "/jobs?status=failed&cursor=7", 400),
+        ("GET", "/jobs?state=failed", 400),
+    ],
+)
+async def test_a_bad_address_method_or_query_is_refused_in_json(
+    api: Api, method: str, path: str, status: int
+) -> None:
+    got, answer = await api.get(path, method)
+    assert (got, list(answer)) == (status, ["error"])
+
+
+async def test_405_says_which_methods_there_are(api: Api) -> None:
+    _, answer = await api.get("/jobs", "DELETE")
+    assert "GET" in answer["error"]
+    assert "GET" in api.headers["Allow"]
+
+
+async def test_no_jobs_is_an_empty_array(api: Api) -> None:
+    assert await api.get("/jobs") == (200, [])
+    assert await api.get("/jobs?status=failed&limit=5") == (200, [])
+    assert "Link" not in api.headers
+
+
+@pytest.mark.parametrize("count", [1, jobqueue.CHUNK, jobqueue.CHUNK + 1, 2 * jobqueue.CHUNK])
+async def test_all_jobs_are_listed_newest_first(api: Api, count: int) -> None:
+    _, ids = await api.post([GOOD] * count)
+    status, jobs = await api.get("/jobs")
+    assert status == 200
+    assert [job["id"] for job in jobs] == [job["id"] for job in ids][::-1]
+
+
+@pytest.mark.parametrize("query", ["", "status=pending&"])
+async def test_links_lead_through_all_pages(api: Api, query: str) -> None:
+    _, ids = await api.post([GOOD] * 7)
+    path, seen = f"/jobs?{query}limit=3", []
+    while path:
+        _, jobs = await api.get(path)
+        assert len(jobs) <= 3
+        seen += [job["id"] for job in jobs]
+        link = api.headers.get("Link", "")
+        assert not link or link.endswith('>; rel="next"')
+        path = link[1:].partition(">")[0]
+    assert seen == [job["id"] for job in ids][::-1]
+
+
+async def test_redis_away_is_503_with_retry_after(api: Api) -> None:
+    async def away(commands: Any) -> list[Any]:
+        raise redis.ConnectionError("connection refused")
+
+    api.bench.carrier = away
+    for path in ("/jobs", "/jobs?limit=1", "/job/x"):
+        assert (await api.get(path))[0] == 503
+    assert api.headers["Retry-After"] == "1"
+    assert await api.post(GOOD) == (503, {"error": "Redis cannot serve this now: connection refused"})
+
+
+async def test_a_bug_is_500_in_json_and_a_traceback_in_the_log(
+    api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(body: bytes) -> Any:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr(jobqueue, "parse_json", broken)
+    status, answer = await api.post(GOOD)
+    assert (status, list(answer)) == (500, ["error"])
+    assert "secret" not in answer["error"]
+    assert "ZeroDivisionError: secret detail" in caplog.text
+
+
+# ── The program as a whole ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["memory", "redis"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_program_runs_jobs_and_stops_cleanly(
+    start: Start, request: pytest.FixtureRequest, kind: str, number: int
+) -> None:
+    url = request.getfixturevalue("redis_server").url if kind == "redis" else ""
+    program = start(REDIS_URL=url)
+    assert program.logged("memory, and vanish" if kind == "memory" else f"kept in {url}")
+    job_id = program.submit("math", a="5", b="3")
+    job = program.ended(job_id)
+    assert (job["status"], job["result"], job["attempts"]) == ("completed", 8, 1)
+    assert [job["id"] for job in program.call("GET", "/jobs")[1]] == [job_id]
+    assert program.stop(number) == 0
+    assert program.lines[-1].endswith("stopped\n")
+
+
+def test_a_running_job_is_finished_at_shutdown_and_a_waiting_one_is_kept(
+    start: Start, redis_server: RedisServer
+) -> None:
+    program = start("--workers", "1", REDIS_URL=redis_server.url)
+    running, waiting = program.submit("long", seconds=0.7), program.submit("math", a=1, b=2)
+    eventually(lambda: program.job(running)["status"] == "processing")
+    assert program.stop() == 0
+    again = start(REDIS_URL=redis_server.url)
+    assert again.job(running)["status"] == "completed"
+    assert again.ended(waiting)["result"] == 3
+
+
+def test_a_second_signal_releases_what_still_runs(start: Start, redis_server: RedisServer) -> None:
+    program = start(REDIS_URL=redis_server.url)
+    running = program.submit("long", seconds=60)
+    eventually(lambda: program.job(running)["status"] == "processing")
+    program.process.send_signal(signal.SIGINT)
+    eventually(lambda: program.logged("SIGINT"))
+    assert program.stop() == 0
+    client = redis_server.client
+    assert client.lrange("{jobqueue}:queue", 0, -1) == [running]
+    assert client.hget(f"{{jobqueue}}:job:{running}", "attempts") == "0"
+
+
+def test_idle_shutdown_does_not_wait_for_keep_alive_connections(start: Start) -> None:
+    program = start("--shutdown-grace-seconds", "60")
+    with socket.create_connection(("127.0.0.1", program.port)) as idle:
+        idle.sendall(b"GET /jobs HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert idle.recv(10_000).startswith(b"HTTP/1.1 200")
+        begun = time.monotonic()
+        assert program.stop() == 0
+        assert time.monotonic() - begun < 30  # the grace is 60
+
+
+def test_it_waits_for_redis_with_one_line_and_never_uses_memory(
+    start: Start, own_redis: Callable[..., RedisServer]
+) -> None:
+    server = own_redis()
+    server.kill()
+    program = start(REDIS_URL=server.url)
+    eventually(lambda: program.logged("Redis is away"))
+    for _ in range(20):  # each makes it try again
+        assert program.call("POST", "/job", GOOD)[0] == 503
+    assert len([line for line in program.lines if "Redis" in line]) == 1
+    server.start()
+    eventually(lambda: program.logged("Redis is back"))
+    assert program.ended(program.submit("math", a=1, b=2))["result"] == 3
+    assert program.stop() == 0
+
+
+def test_jobs_are_run_by_whoever_is_free_and_a_submission_wakes_other_instances(
+    start: Start, redis_server: RedisServer
+) -> None:
+    api = start("--workers", "0", REDIS_URL=redis_server.url)
+    worker = start("--workers", "2", REDIS_URL=redis_server.url)
+    job_id = api.submit("math", a=20, b=22)
+    assert api.ended(job_id)["result"] == 42
+    assert job_id in worker.log
+    assert job_id not in api.log
+
+
+def test_a_port_in_use_is_one_clear_line(start: Start) -> None:
+    program = start()
+    command = [sys.executable, str(jobqueue.__file__), "--port", str(program.port)]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert second.returncode == 1
+    assert second.stderr.count("\n") == 1
+    assert f"port {program.port}" in second.stderr
+
+
+def test_passwords_do_not_reach_the_log(start: Start) -> None:
+    program = start(REDIS_URL="redis://:secret@127.0.0.1:1/0")
+    assert program.logged("redis://127.0.0.1:1/0")
+    assert program.stop() == 0
+    assert "secret" not in program.log
