@@ -1,0 +1,22 @@
+FROM python:3.13.9-slim-bookworm
+
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /app
+
+# Packages first: this layer is built again only when their versions change. Tests and checks stay outside.
+COPY requirements.txt .
+RUN sed '/^# Tests/,$d' requirements.txt > runs.txt && pip install --no-cache-dir --only-binary :all: -r runs.txt
+
+COPY jobqueue.py .
+
+# nobody
+USER 65534
+ENV HOST=0.0.0.0 PORT=8080
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+
+# Healthy: it answers, and it is not 503 for want of Redis.
+HEALTHCHECK --interval=10s --timeout=6s --start-period=10s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f\"http://127.0.0.1:{os.environ['PORT']}/jobs?limit=1\", timeout=5)"]
+
+CMD ["python", "jobqueue.py"]
