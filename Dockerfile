@@ -8,6 +8,7 @@ COPY requirements.txt .
 RUN sed '/^# Tests/,$d' requirements.txt > runs.txt && pip install --no-cache-dir --only-binary :all: -r runs.txt
 
 COPY jobqueue.py .
+COPY templates templates
 
 # nobody
 USER 65534

@@ -47,7 +47,8 @@ import threading
 import types
 import typing
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -62,7 +63,7 @@ import outcome as result_of
 import redis
 import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
-from quart import Response, request
+from quart import Response, redirect, render_template, request
 from quart.asgi import ASGIHTTPConnection
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
@@ -70,6 +71,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from werkzeug.exceptions import (
     BadRequest,
+    Conflict,
     HTTPException,
     MethodNotAllowed,
     NotFound,
@@ -161,6 +163,9 @@ class Status(StrEnum):
     PROCESSING = "processing"
     COMPLETED = "completed"
     FAILED = "failed"
+
+
+ENDED = {Status.COMPLETED, Status.FAILED}
 
 
 class NewJob(NamedTuple):
@@ -259,6 +264,21 @@ class Handler:
             elif not _fits(payload[name], parameter.annotation):
                 kinds = inspect.formatannotation(parameter.annotation)
                 raise ValueError(f"payload.{name} must be {kinds}, not {json.dumps(payload[name])[:80]}")
+
+    def describe(self) -> dict[str, Any]:
+        """What a form for it needs to know."""
+        return {
+            "doc": (inspect.getdoc(self.function) or "").partition("\n")[0],
+            "parameters": [
+                {
+                    "name": name,
+                    "type": "" if p.annotation is p.empty else inspect.formatannotation(p.annotation),
+                    "required": p.default is p.empty,
+                    "default": None if p.default is p.empty else json.dumps(p.default, default=str),
+                }
+                for name, p in self.parameters.items()
+            ],
+        }
 
     async def __call__(self, payload: Mapping[str, Any]) -> Any:
         """Run the function: in this task if it is `async def`, in a thread if it is `def`.
@@ -652,7 +672,7 @@ SCRIPTS = {
         local next_due = redis.call('ZRANGE', P .. 'delayed', 0, 0, 'WITHSCORES')[2]
         local wait = more and 0 or next_due and math.max(0, next_due - now) or -1
         return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
-    # status or nothing for all, cursor or nothing, limit, field … → next cursor or '', ids, their fields
+    # status or '' for all, cursor or '', limit, field … → next cursor or '', ids, their fields, counts
     "page": """
         local status, cursor, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
         local ids, next_cursor = {}, ''
@@ -680,7 +700,23 @@ SCRIPTS = {
         end
         local jobs = {}
         for i, id in ipairs(ids) do jobs[i] = redis.call('HMGET', P .. 'job:' .. id, unpack(ARGV, 4)) end
-        return {next_cursor, ids, jobs}""",
+        local counts = {redis.call('LLEN', P .. 'queue') + redis.call('ZCARD', P .. 'delayed')}
+        for _, place in ipairs({'processing', 'completed', 'failed'}) do
+          counts[#counts + 1] = redis.call('ZCARD', P .. place)
+        end
+        return {next_cursor, ids, jobs, counts}""",
+    # id → the status that it had; nothing for an unknown job. What waits or runs fails; its worker will see.
+    "cancel": """
+        local job = P .. 'job:' .. ARGV[1]
+        local status = redis.call('HGET', job, 'status')
+        if status == 'pending' or status == 'processing' then
+          for _, place in ipairs({'processing', 'delayed'}) do redis.call('ZREM', P .. place, ARGV[1]) end
+          if status == 'pending' then redis.call('LREM', P .. 'queue', -1, ARGV[1]) end
+          redis.call('HDEL', job, 'token')
+          redis.call('HSET', job, 'status', 'failed', 'error', 'cancelled', 'finished_at', now)
+          redis.call('ZADD', P .. 'failed', now, ARGV[1])
+        end
+        return status""",
 }
 
 
@@ -698,6 +734,14 @@ class Sweep(NamedTuple):
     ready: int  # jobs in the queue
     wait: float  # seconds until a job is due, infinite when none is delayed
     ended: list[tuple[str, str]]  # id and new status of the jobs whose lease had ended
+
+
+class Page(NamedTuple):
+    """A part of a list of jobs."""
+
+    cursor: str  # of the next page; empty on the last
+    jobs: list[str]  # as JSON
+    counts: dict[Status, int]  # of all jobs that are stored
 
 
 class Store:
@@ -764,21 +808,28 @@ class Store:
         ready, wait, ended = await self._run("sweep", *arguments)
         return Sweep(ready, math.inf if wait < 0 else wait / 1000, [(id_, status) for id_, status in ended])
 
-    async def get(self, job_id: str) -> str | None:
-        """A job as JSON; None if it is unknown."""
-        [values] = await self._pipeline.call(("HMGET", f"{self.prefix}job:{job_id}", *FIELDS))
+    async def cancel(self, job_id: str) -> Status | None:
+        """Let a job that waits or runs end as failed; the status that it had, None if it is unknown."""
+        status = await self._run("cancel", job_id)
+        return Status(status) if status else None
+
+    async def get(self, job_id: str) -> tuple[Status, str] | None:
+        """The status of a job and all of it as JSON; None if it is unknown."""
+        [values] = await self._pipeline.call(("HMGET", f"{self.prefix}job:{job_id}", "status", *FIELDS))
         if isinstance(values, redis.ResponseError):
             raise values
-        return None if values[0] is None else job_json(job_id, values)
+        return (Status(values[0]), job_json(job_id, values[1:])) if values[0] else None
 
-    async def page(self, status: Status | None, cursor: str, limit: int) -> tuple[str, list[str]]:
-        """The cursor of the next page, empty on the last one, and at most `limit` jobs as JSON.
+    async def page(self, status: Status | None, cursor: str, limit: int) -> Page:
+        """At most `limit` jobs behind the cursor, or from the newest on if it is empty.
 
         They are ordered newest first: by submission, or with a `status` by when they came into it.
         """
-        next_cursor, ids, jobs = await self._run("page", status or "", cursor, limit, *FIELDS)
+        reply = await self._run("page", status or "", cursor, limit, *FIELDS)
+        following, ids, jobs, counts = reply
         rows = zip(ids, jobs, strict=True)
-        return next_cursor, [job_json(id_, values) for id_, values in rows if values[0] is not None]
+        found = [job_json(id_, values) for id_, values in rows if values[0] is not None]
+        return Page(following, found, dict(zip(Status, counts, strict=True)))
 
 
 def _milliseconds(seconds: float) -> int:
@@ -836,6 +887,7 @@ class Crew:
         self.claims = 0
         self.tokens: set[str] = set()  # on their way to Redis, or in use there
         self.runs: dict[str, Run] = {}  # by token; who is no longer in here has lost his lease
+        self.awaited: dict[str, set[trio.Event]] = {}  # by job id: what is set when it ends here
 
     def stop(self, grace: float) -> None:
         """Claim nothing more, and cancel in `grace` seconds what still runs then."""
@@ -844,6 +896,24 @@ class Crew:
             scope.deadline = min(scope.deadline, self.deadline)
         self.stopping.set()
         self.bell.ring()
+        for job_id in self.awaited:
+            self._announce(job_id)
+
+    @contextmanager
+    def awaiting(self, job_id: str) -> Iterator[trio.Event]:
+        """An event for the end of a job, if that comes in this process, and for the crew's stopping."""
+        event = trio.Event()
+        self.awaited.setdefault(job_id, set()).add(event)
+        try:
+            yield event
+        finally:
+            self.awaited[job_id].discard(event)
+            if not self.awaited[job_id]:
+                del self.awaited[job_id]
+
+    def _announce(self, job_id: str) -> None:
+        for event in self.awaited.get(job_id, ()):
+            event.set()
 
     async def next(self, outcome: Outcome | None) -> Claim | None:
         """Report what became of the last job, until Redis has it, and claim another; None when stopping."""
@@ -863,6 +933,8 @@ class Crew:
                 self.tokens.discard(outcome.claim.token)
                 if not accepted:
                     log.warning("job %s: reported too late, its lease was lost", outcome.claim.id)
+                elif outcome.transition in ("complete", "fail"):
+                    self._announce(outcome.claim.id)
                 outcome = None
             if claim:
                 return claim
@@ -980,6 +1052,8 @@ TIMEOUT_MOST_SECONDS = 7 * 86_400
 RETRIES_MOST = 100
 PAGE_MOST = 1000  # jobs, with ?limit=
 CHUNK = 200  # jobs fetched at a time for a list without a limit
+WAIT_MOST = 30  # seconds, with ?wait=
+LOOK_AGAIN_SECONDS = 0.5  # how often a waiting request looks, for a job that ends in another process
 
 
 def parse_json(body: bytes) -> Any:
@@ -1095,14 +1169,27 @@ def parse_query(query: Mapping[str, str]) -> tuple[Status | None, str, int | Non
     return Status(status) if status else None, cursor, int(limit) if limit else None
 
 
+def parse_wait(query: Mapping[str, str]) -> float:
+    """The seconds that `GET /job/<id>` is to wait; or BadRequest."""
+    text = query.get("wait", "0")
+    if (
+        query.keys() - {"wait"}
+        or not re.fullmatch(r"\d{1,2}(\.\d+)?", text, re.ASCII)
+        or float(text) > WAIT_MOST
+    ):
+        raise BadRequest(f"the only parameter is wait, a number of seconds from 0 to {WAIT_MOST}")
+    return float(text)
+
+
 def answer(
     body: str | AsyncIterator[str], status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:
     return Response(body, status, headers, content_type="application/json")
 
 
-def create_app(store: Store, bell: Bell, settings: Settings) -> QuartTrio:
-    """The REST API."""
+def create_app(crew: Crew) -> QuartTrio:
+    """The REST API, and the page that shows it to people."""
+    store, settings = crew.store, crew.settings
     app = QuartTrio(__name__)
     app.asgi_http_class = HTTPConnection
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
@@ -1115,7 +1202,7 @@ def create_app(store: Store, bell: Bell, settings: Settings) -> QuartTrio:
         if not isinstance(body, list):
             job = parse_job(body, settings)
             await store.submit([job])
-            bell.ring(1)
+            crew.bell.ring(1)
             return answer(f'{{"id": "{job.id}"}}\n', 202, {"Location": f"/job/{job.id}"})
         if not body:
             raise BadRequest("an array must have at least one job")
@@ -1126,32 +1213,67 @@ def create_app(store: Store, bell: Bell, settings: Settings) -> QuartTrio:
             except BadRequest as error:
                 raise BadRequest(f"job {index} of the array: {error.description}") from None
         await store.submit(jobs)
-        bell.ring(len(jobs))
+        crew.bell.ring(len(jobs))
         return answer(json.dumps([{"id": job.id} for job in jobs]) + "\n", 202)
 
     @app.get("/job/<job_id>")
     async def show(job_id: str) -> Response:
-        job = await store.get(job_id)
-        if job is None:
-            raise NotFound(f"there is no job {job_id[:80]!r}, or no more")
-        return answer(job + "\n")
+        give_up = trio.current_time() + parse_wait(request.args)
+        with crew.awaiting(job_id) as ended:
+            while True:
+                found = await store.get(job_id)
+                if found is None:
+                    raise NotFound(f"there is no job {job_id[:80]!r}, or no more")
+                status, text = found
+                left = give_up - trio.current_time()
+                if left <= 0 or status in ENDED or crew.stopping.is_set():
+                    return answer(text + "\n")
+                with trio.move_on_after(min(left, LOOK_AGAIN_SECONDS)):
+                    await ended.wait()
+
+    @app.delete("/job/<job_id>")
+    async def cancel(job_id: str) -> Response:
+        status = await store.cancel(job_id)
+        if status in ENDED:
+            raise Conflict(f"the job is {status} already")
+        return await show(job_id)
+
+    @app.get("/")
+    async def home() -> Any:
+        return redirect("/jobs")
 
     @app.get("/jobs")
     async def index() -> Response:
+        if request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html":
+            return await live_page()
         status, cursor, limit = parse_query(request.args)
-        following, jobs = await store.page(status, cursor, limit or CHUNK)
+        page = await store.page(status, cursor, limit or CHUNK)
         if limit is None:
-            return answer(stream(status, following, jobs))
-        query = urlencode(({"status": status} if status else {}) | {"limit": limit, "cursor": following})
-        link = {"Link": f'</jobs?{query}>; rel="next"'} if following else {}
-        return answer("[" + ",\n".join(jobs) + "]\n", headers=link)
+            return answer(stream(status, page))
+        headers = {"Job-Counts": ", ".join(f"{name}={count}" for name, count in page.counts.items())}
+        if page.cursor:
+            query = ({"status": status} if status else {}) | {"limit": limit, "cursor": page.cursor}
+            headers["Link"] = f'</jobs?{urlencode(query)}>; rel="next"'
+        return answer("[" + ",\n".join(page.jobs) + "]\n", headers=headers)
 
-    async def stream(status: Status | None, cursor: str, jobs: list[str]) -> AsyncIterator[str]:
-        yield "[" + ",\n".join(jobs)
-        while cursor:
-            cursor, jobs = await store.page(status, cursor, CHUNK)
-            yield "".join(",\n" + job for job in jobs)
+    async def stream(status: Status | None, page: Page) -> AsyncIterator[str]:
+        yield "[" + ",\n".join(page.jobs)
+        while page.cursor:
+            page = await store.page(status, page.cursor, CHUNK)
+            yield "".join(",\n" + job for job in page.jobs)
         yield "]\n"
+
+    async def live_page() -> Response:
+        """The page: it holds no jobs, its script asks for them. And it can load nothing from elsewhere."""
+        nonce = secrets.token_urlsafe(16)
+        handlers = {job_type: handler.describe() for job_type, handler in HANDLERS.items()}
+        text = await render_template("jobs.html", nonce=nonce, handlers=handlers)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        headers = {"Content-Security-Policy": policy, "Vary": "Accept", "Cache-Control": "no-store"}
+        return Response(text, 200, headers, content_type="text/html; charset=utf-8")
 
     @app.errorhandler(HTTPException)
     async def refuse(error: HTTPException) -> Response:
@@ -1177,6 +1299,7 @@ def create_app(store: Store, bell: Bell, settings: Settings) -> QuartTrio:
 
 # ── The service ─────────────────────────────────────────────────────────────────────────────────
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_SECONDS = 0.8  # after the end of the grace, until the process ends in any case
 
 
@@ -1193,7 +1316,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     pipeline = AutoPipeline(*carriers)
     store = Store(pipeline)
     crew = Crew(store, settings)
-    app = create_app(store, crew.bell, settings)
+    app = create_app(crew)
     async with trio.open_nursery() as talking:
         talking.start_soon(pipeline.run)
         async with trio.open_nursery() as tending:
@@ -1203,7 +1326,8 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
                 connection = RedisConnection(url)
                 tending.start_soon(listen, connection, f"{store.prefix}wake", crew.bell)
             async with trio.open_nursery() as working:
-                await working.start(serve_http, app, listener, crew)
+                address = await working.start(serve_http, app, listener, crew)
+                log.info("listening on %s with %d workers; %s", address, settings.workers, where(url))
                 for _ in range(settings.workers):
                     working.start_soon(work, crew)
             tending.cancel_scope.cancel()
@@ -1211,10 +1335,19 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     log.info("stopped")
 
 
+def where(url: str) -> str:
+    """Where the jobs are kept, without a password."""
+    if not url:
+        return "jobs are kept in memory, and vanish at exit: set REDIS_URL to keep them"
+    parts = urlsplit(url)
+    return f"jobs are kept in {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 async def serve_http(
-    app: QuartTrio, listener: socket.socket, crew: Crew, *, task_status: trio.TaskStatus[Any]
+    app: QuartTrio, listener: socket.socket, crew: Crew, *, task_status: trio.TaskStatus[str]
 ) -> None:
     """Serve until the crew is stopping; then answer what is under way, until the crew's deadline."""
+    host, port = listener.getsockname()[:2]
     config = hypercorn.Config()
     config.bind = [f"fd://{listener.detach()}"]
     config.accesslog = None
@@ -1222,13 +1355,17 @@ async def serve_http(
     config.include_server_header = False
     config.graceful_timeout = math.inf
     with crew.requests:
-        await hypercorn.trio.serve(app, config, shutdown_trigger=crew.stopping.wait, task_status=task_status)
+        async with trio.open_nursery() as nursery:
+            serving = partial(hypercorn.trio.serve, app, config, shutdown_trigger=crew.stopping.wait)
+            await nursery.start(serving)
+            task_status.started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
 
 async def stop_on_signal(crew: Crew, *, task_status: trio.TaskStatus[None]) -> None:
     """Stop the crew at the first signal, and without any grace at the second."""
     grace = crew.settings.shutdown_grace_seconds
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         task_status.started()
         async for number in signals:
             log.info("%s: stopping; what runs has %g s to finish", signal.Signals(number).name, grace)
@@ -1249,6 +1386,8 @@ def end_process(status: int, seconds: float) -> None:
 
 
 def main() -> None:
+    """Read the settings, listen, serve. Signals wait until there is somebody to heed them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     settings = Settings.read(sys.argv[1:], os.environ)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s")
     logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
@@ -1257,16 +1396,6 @@ def main() -> None:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except OSError as error:
         sys.exit(f"jobqueue.py: cannot listen on {settings.host}, port {settings.port}: {error.strerror}")
-    redis_url = urlsplit(settings.redis_url)
-    log.info(
-        "listening on http://%s:%d with %d workers; jobs are kept in %s",
-        f"[{settings.host}]" if ":" in settings.host else settings.host,
-        listener.getsockname()[1],
-        settings.workers,
-        f"{redis_url.scheme}://{redis_url.netloc.rpartition('@')[2]}{redis_url.path}"
-        if settings.redis_url
-        else "memory, and vanish at exit: set REDIS_URL to keep them",
-    )
     trio.run(serve, settings, listener)
 
 
