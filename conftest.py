@@ -280,8 +280,8 @@ def start() -> Iterator[Callable[..., Program]]:
     """Starts programs, and kills those that the test left running."""
     programs: list[Program] = []
 
-    def launch(*flags: str, **settings: str) -> Program:
-        programs.append(Program(*flags, **settings))  # type: ignore[arg-type]
+    def launch(*flags: str, module: Path = MODULE, **settings: str) -> Program:
+        programs.append(Program(*flags, module=module, **settings))
         return programs[-1]
 
     yield launch

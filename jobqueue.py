@@ -422,7 +422,7 @@ class RedisConnection:
 
     async def _connect(self) -> None:
         """TLS, names, passwords and databases are redis-py's business."""
-        connection: Any = self._pool.make_connection()
+        connection: Any = self._pool.connection_class(**self._pool.connection_kwargs)
         await trio.to_thread.run_sync(connection.connect, abandon_on_cancel=True)
         self._socket: socket.socket = connection._sock
         self._socket.setblocking(False)
@@ -887,6 +887,7 @@ class Crew:
         self.claims = 0
         self.tokens: set[str] = set()  # on their way to Redis, or in use there
         self.runs: dict[str, Run] = {}  # by token; who is no longer in here has lost his lease
+        self.ran: set[str] = set()  # types of the jobs that ended in the last tick
         self.awaited: dict[str, set[trio.Event]] = {}  # by job id: what is set when it ends here
 
     def stop(self, grace: float) -> None:
@@ -967,6 +968,7 @@ class Crew:
             log.debug("job %s: the traceback", claim.id, exc_info=raised)
             if not scope.cancel_called:
                 error = _describe(raised)
+        self.ran.add(claim.job_type)
         took = trio.current_time() - begun
         if self.runs.pop(claim.token, None) is None:
             self.tokens.discard(claim.token)
@@ -1025,12 +1027,19 @@ async def upkeep(crew: Crew) -> None:
             if found.ready:
                 crew.bell.ring(found.ready)
             wait = min(pause, found.wait)
-        wake_at = trio.current_time() + wait
+        await trio.sleep(wait)
+
+
+async def watch_event_loop(crew: Crew) -> None:
+    """Name the handlers that may have blocked the event loop, whenever it stood still for half a lease."""
+    while True:
+        crew.ran.clear()
+        wake_at = trio.current_time() + TICK_SECONDS
         await trio.sleep_until(wake_at)
         late = trio.current_time() - wake_at
-        if late > lease_seconds / 2:
-            names = ", ".join({run.claim.job_type for run in crew.runs.values()})
-            log.error("the event loop stood still for %.1f s while these ran: %s", late, names or "none")
+        if late > crew.settings.lease_seconds / 2:
+            names = ", ".join(crew.ran | {run.claim.job_type for run in crew.runs.values()})
+            log.error("the event loop stood still for %.1f s; handlers that ran: %s", late, names or "none")
 
 
 async def listen(connection: RedisConnection, channel: str, bell: Bell) -> None:
@@ -1322,6 +1331,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
         async with trio.open_nursery() as tending:
             await tending.start(stop_on_signal, crew)
             tending.start_soon(upkeep, crew)
+            tending.start_soon(watch_event_loop, crew)
             if url:
                 connection = RedisConnection(url)
                 tending.start_soon(listen, connection, f"{store.prefix}wake", crew.bell)
