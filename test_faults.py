@@ -17,15 +17,29 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
+import fakeredis
+import hypothesis
 import pytest
+import trio
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
-from conftest import PREFIX, Program, RedisServer, eventually
+from conftest import PREFIX, Bench, Program, RedisServer, eventually, memory_carrier
+from jobqueue import AutoPipeline, Carrier, Claim, NewJob, Outcome, RedisConnection, Store
 
 Start = Callable[..., Program]
 OwnRedis = Callable[..., RedisServer]
@@ -271,8 +285,8 @@ def test_a_process_frozen_past_its_lease_can_change_nothing(
 def test_a_handler_that_blocks_the_event_loop_loses_its_job_and_is_named(
     service: Start, redis_server: RedisServer
 ) -> None:
-    blocked = service(redis_server.url)
-    job_id = blocked.submit("block")
+    blocked, api = service(redis_server.url), service(redis_server.url, "--workers", "0")
+    job_id = api.submit("block")
     eventually(lambda: status_of(redis_server, job_id) == "processing")
     other = service(redis_server.url)
     assert other.ended(job_id)["attempts"] == 2
@@ -496,6 +510,8 @@ def test_a_connection_closed_while_idle_is_opened_again(service: Start, redis_se
 # ── Shutdown ────────────────────────────────────────────────────────────────────────────────────
 
 GRACE = 2
+GET = b"GET /jobs?limit=1 HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /job HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
 
 
 def stops(program: Program, within: float, signals: int = 1) -> None:
@@ -528,7 +544,7 @@ def sent(program: Program, data: bytes, buffer: int = 0) -> Iterator[socket.sock
 
 def test_shutdown_with_a_half_sent_request(graceful: Start, redis_server: RedisServer) -> None:
     program = graceful(redis_server.url)
-    head = b"POST /job HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    head = POST + b"99\r\n\r\n{"
     with sent(program, head), sent(program, b"GET /jobs HT"):
         program.call("GET", "/jobs")
         stops(program, GRACE + 1)
@@ -573,8 +589,8 @@ def test_shutdown_leaves_a_thread_that_does_not_end(graceful: Start, redis_serve
 
 
 def test_shutdown_while_a_handler_blocks_the_event_loop(graceful: Start, redis_server: RedisServer) -> None:
-    program = graceful(redis_server.url)
-    job_id = program.submit("block", seconds=3)
+    program, api = graceful(redis_server.url), graceful(redis_server.url, "--workers", "0")
+    job_id = api.submit("block", seconds=3)
     eventually(lambda: status_of(redis_server, job_id) == "processing")
     stops(program, 3 + GRACE + 1)
 
@@ -619,3 +635,330 @@ def test_shutdowns_at_random_moments_lose_nothing_and_count_nothing(
     assert {job["attempts"] for job in check(redis_server.client).values()} == {"1"}
     assert set(Counter(redis_server.client.lrange("appended", 0, -1)).values()) == {1}
     assert program.stop() == 0
+
+
+# ── The connection level ────────────────────────────────────────────────────────────────────────
+
+
+def read_all(connection: socket.socket) -> bytes:
+    connection.settimeout(30)
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65_536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.fixture
+def memory(start: Start) -> Iterator[Program]:
+    """The program in memory; whatever a test did to it, it must still answer, and have logged no traceback."""
+    program = start()
+    yield program
+    assert program.call("GET", "/jobs?limit=1")[0] == 200
+    assert program.stop() == 0
+
+
+def test_headers_that_never_end_are_cut_off(memory: Program) -> None:
+    with sent(memory, GET) as connection:
+        assert read_all(connection) == b""  # after the 5 s that an idle connection gets
+
+
+def test_huge_headers_are_refused(memory: Program) -> None:
+    with sent(memory, GET + b"X: " + b"x" * 100_000) as connection:
+        assert read_all(connection).startswith(b"HTTP/1.1 431")
+
+
+def test_what_is_not_http_is_refused(memory: Program) -> None:
+    for data in (
+        b"\x16\x03\x01\x02\x00\x01",
+        b"HELLO\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\r\n" * 50 + b"\0",
+    ):
+        with sent(memory, data) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            assert read_all(connection)[:12] in (b"", b"HTTP/1.1 400")
+
+
+def test_pipelined_requests_are_answered_in_order(memory: Program) -> None:
+    ids = [memory.submit("math", a=n, b=n) for n in range(5)]
+    requests = [f"GET /job/{job_id} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for job_id in ids]
+    requests[-1] = requests[-1].replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    with sent(memory, b"".join(requests)) as connection:
+        answer = read_all(connection).decode()
+    assert [answer.index(job_id) for job_id in ids] == sorted(answer.index(job_id) for job_id in ids)
+
+
+def test_a_truncated_body_submits_nothing(memory: Program) -> None:
+    body = b'{"job_type": "math", "payload": {"a": 1, "b": 2}}'
+    head = POST + b"99\r\n\r\n"
+    with sent(memory, head + body) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        read_all(connection)
+    assert memory.call("GET", "/jobs") == (200, [])
+
+
+def test_a_body_far_over_the_limit_is_refused_before_it_is_read(memory: Program) -> None:
+    head = POST + b"9999999999\r\n\r\n"
+    with sent(memory, head) as connection:
+        assert connection.recv(12) == b"HTTP/1.1 413"
+
+
+def test_500_idle_connections_hinder_nobody(memory: Program) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(500):
+            stack.enter_context(sent(memory, b"GET"))
+        assert memory.ended(memory.submit("math", a=1, b=2))["result"] == 3
+
+
+# ── Bad input, by the thousand ──────────────────────────────────────────────────────────────────
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["math", "email"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+PAYLOAD = JSON | st.fixed_dictionaries({"a": JSON, "b": JSON})
+JOB = JSON | st.fixed_dictionaries(
+    {"job_type": st.sampled_from(["math", "email", "long", "?"]) | JSON, "payload": PAYLOAD},
+    optional={"delay": JSON, "timeout": JSON, "max_retries": JSON, "extra": JSON},
+)
+BODY = (
+    st.binary()
+    | JOB.map(json.dumps).map(str.encode)
+    | st.lists(JOB, max_size=3).map(json.dumps).map(str.encode)
+)
+TEXT = st.text(st.characters(max_codepoint=255, exclude_categories=["Cc"]), max_size=40)  # as in a header
+MANY = hypothesis.settings(
+    max_examples=max(1000, ROUNDS * 30), deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(session_redis: RedisServer) -> Iterator[Program]:
+    """One program for all made-up requests, with nobody to run what they submit."""
+    program = Program("--workers", "0", REDIS_URL=session_redis.url + "/1")
+    yield program
+    assert program.stop() == 0
+    assert "ERROR" not in program.log
+
+
+def exchange(
+    program: Program, method: str, path: str, body: bytes, headers: dict[str, str]
+) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", program.port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def stored(program: Program) -> int:
+    """How many jobs there are."""
+    connection = http.client.HTTPConnection("127.0.0.1", program.port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("GET", "/jobs?limit=1")
+        counts = connection.getresponse().headers["Job-Counts"]
+    return sum(int(count.partition("=")[2]) for count in counts.split(", "))
+
+
+@MANY
+@hypothesis.given(body=BODY, content_type=st.just("application/json") | TEXT)
+def test_any_body_is_accepted_whole_or_refused_whole(fuzzed: Program, body: bytes, content_type: str) -> None:
+    before = stored(fuzzed)
+    status, text = exchange(fuzzed, "POST", "/job", body, {"Content-Type": content_type.strip()})
+    answer = json.loads(text)
+    if status == 202:
+        ids = [job["id"] for job in (answer if isinstance(answer, list) else [answer])]
+        assert stored(fuzzed) == before + len(ids)
+        for job_id in ids:
+            assert exchange(fuzzed, "GET", f"/job/{job_id}", b"", {})[0] == 200
+    else:
+        assert status in (400, 413, 415)
+        assert list(answer) == ["error"]
+        assert stored(fuzzed) == before
+
+
+@MANY
+@hypothesis.given(
+    method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "PATCH"]),
+    path=st.sampled_from(["/job/", "/jobs?limit=", "/jobs?status=", "/jobs?limit=1&cursor=", "/jobs?", "/"]),
+    rest=st.text(max_size=40),
+    header=TEXT,
+)
+def test_any_address_is_answered_without_an_error_of_the_server(
+    fuzzed: Program, method: str, path: str, rest: str, header: str
+) -> None:
+    target = path + quote(rest.encode("utf-8", "surrogatepass"), safe="&=/?")
+    status, _ = exchange(
+        fuzzed, method, target, b"", {"Accept": header.strip(), "X-Anything": header.strip()}
+    )
+    assert status < 500
+
+
+# ── The store as a state machine ────────────────────────────────────────────────────────────────
+
+
+class Model(NamedTuple):
+    """What the store should say of a job."""
+
+    place: str
+    attempts: int
+    max_retries: int
+    token: str = ""  # of the claim that holds it, or last reported it
+    until: int = 0  # in ms: when it is due, its lease ends, or it finished
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Every transition in every order, by several owners, with the clock moved at will."""
+
+    LEASE = 10_000
+    RETENTION = 60_000
+
+    def carrier(self) -> tuple[Carrier, Any]:
+        client = fakeredis.FakeRedis(decode_responses=True)
+        return memory_carrier(client), client
+
+    @initialize()
+    def begin(self) -> None:
+        self.carry, self.client = self.carrier()
+        self.client.flushall()
+        self.now, self.claims = 1_000_000, Counter[str]()
+        self.jobs: dict[str, Model] = {}
+        self.known: list[Claim] = []  # every claim whose owner knows of it
+        self.move(0)
+
+    def do(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        async def main() -> Any:
+            async with trio.open_nursery() as nursery:
+                pipeline = AutoPipeline(self.carry)
+                nursery.start_soon(pipeline.run)
+                answer = await method(Store(pipeline, clock=Bench.CLOCK), *arguments)
+                nursery.cancel_scope.cancel()
+                return answer
+
+        return trio.run(main)
+
+    @rule(seconds=st.integers(0, 40))
+    def move(self, seconds: int) -> None:
+        self.now += seconds * 1000
+        self.client.set(PREFIX + "clock", self.now)
+
+    @rule(delays=st.lists(st.sampled_from([0, 0, 5]), min_size=1, max_size=3), max_retries=st.integers(0, 2))
+    def submit(self, delays: list[int], max_retries: int) -> None:
+        new = [self.new_job(max_retries, delay) for delay in delays]
+        for _ in range(2):  # the second time it changes nothing
+            self.do(Store.submit, new)
+        for job in new:
+            until = self.now + int(job.delay * 1000)
+            self.jobs[job.id] = Model("delayed" if job.delay else "queue", 0, max_retries, "", until)
+
+    def new_job(self, max_retries: int, delay: float) -> NewJob:
+        self.claims["job"] += 1
+        return NewJob(str(uuid.UUID(int=self.claims["job"])), "math", "{}", max_retries, 9.0, delay)
+
+    @rule(owner=st.sampled_from("abc"), known=st.booleans())
+    def claim(self, owner: str, known: bool) -> None:
+        """Claim a job; the reply may be lost, and then the owner does not know of it."""
+        self.claims[owner] += 1
+        token = f"{owner}:{self.claims[owner]}"
+        _, claim = self.do(Store.report_and_claim, None, token, self.LEASE / 1000)
+        assert (claim is None) == (not any(job.place == "queue" for job in self.jobs.values()))
+        if claim:
+            job = self.jobs[claim.id]
+            assert job.place == "queue"
+            assert claim.attempts == job.attempts + 1
+            self.jobs[claim.id] = Model(
+                "processing", claim.attempts, job.max_retries, token, self.now + self.LEASE
+            )
+            if known:
+                self.known.append(claim)
+
+    @rule(data=st.data(), transition=st.sampled_from(["complete", "fail", "retry", "release"]))
+    def report(self, data: st.DataObject, transition: str) -> None:
+        """Report on any claim ever made: current, stale, or reported already."""
+        if not self.known:
+            return
+        claim = data.draw(st.sampled_from(self.known))
+        arguments: tuple[str | int, ...] = ("1", 3000)  # a result or an error, and a delay
+        accepted, _ = self.do(Store.report_and_claim, Outcome(claim, transition, arguments), "", 0.0)
+        job = self.jobs.get(claim.id)
+        assert accepted == (job is not None and job.token == claim.token)
+        if job and accepted and job.place == "processing":
+            place = {"complete": "completed", "fail": "failed", "retry": "delayed", "release": "queue"}[
+                transition
+            ]
+            self.jobs[claim.id] = job._replace(
+                place=place,
+                attempts=job.attempts - (transition == "release"),
+                token="" if transition == "release" else job.token,
+                until=self.now + (3000 if transition == "retry" else 0),
+            )
+
+    @rule(owner=st.sampled_from("abc"))
+    def extend(self, owner: str) -> None:
+        """An owner names all that he knows; what he does not know of is taken from him."""
+        known = [claim.token for claim in self.known if claim.token.startswith(owner)]
+        lost = self.do(Store.extend, owner, self.claims[owner], known, self.LEASE / 1000)
+        holding = {job.token for job in self.jobs.values() if job.place == "processing"}
+        assert sorted(lost) == sorted(set(known) - holding)
+        for job_id, job in self.jobs.items():
+            if job.place == "processing" and job.token.startswith(owner):
+                if job.token in known:
+                    self.jobs[job_id] = job._replace(until=self.now + self.LEASE)
+                else:
+                    self.jobs[job_id] = job._replace(place="queue", attempts=job.attempts - 1, token="")
+
+    @rule(end_leases=st.booleans())
+    def sweep(self, end_leases: bool) -> None:
+        self.do(Store.sweep, self.RETENTION / 1000, end_leases)
+        for job_id, job in list(self.jobs.items()):
+            if job.place == "delayed" and job.until <= self.now:
+                self.jobs[job_id] = job._replace(place="queue")
+            elif job.place == "processing" and job.until <= self.now and end_leases:
+                place = "failed" if job.attempts > job.max_retries else "queue"
+                self.jobs[job_id] = job._replace(place=place, token="", until=self.now)
+            elif job.place in ("completed", "failed") and job.until <= self.now - self.RETENTION:
+                del self.jobs[job_id]
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if not self.jobs:
+            return
+        job_id = data.draw(st.sampled_from(sorted(self.jobs)))
+        self.do(Store.cancel, job_id)
+        if self.jobs[job_id].place not in ("completed", "failed"):
+            self.jobs[job_id] = self.jobs[job_id]._replace(place="failed", token="", until=self.now)
+
+    @invariant()
+    def every_job_is_where_it_should_be(self) -> None:
+        if not hasattr(self, "jobs"):
+            return
+        jobs = check(self.client)
+        assert jobs.keys() == self.jobs.keys()
+        for place in ("delayed", "processing", "completed", "failed"):
+            expected = {job_id: job.until for job_id, job in self.jobs.items() if job.place == place}
+            assert dict(self.client.zrange(PREFIX + place, 0, -1, withscores=True)) == expected
+        for job_id, model in self.jobs.items():
+            assert int(jobs[job_id]["attempts"]) == model.attempts <= model.max_retries + 1
+            assert jobs[job_id].get("token", "") == model.token
+
+
+FEW = hypothesis.settings(
+    max_examples=max(40, ROUNDS),
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+
+def test_the_store_is_a_state_machine_in_memory() -> None:
+    run_state_machine_as_test(StoreMachine, settings=FEW)
+
+
+def test_the_store_is_a_state_machine_on_redis(redis_server: RedisServer) -> None:
+    class OnRedis(StoreMachine):
+        def carrier(self) -> tuple[Carrier, Any]:
+            return RedisConnection(redis_server.url).exchange, redis_server.client
+
+    run_state_machine_as_test(OnRedis, settings=FEW)
