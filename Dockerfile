@@ -18,6 +18,6 @@ STOPSIGNAL SIGTERM
 
 # Healthy: it answers, and it is not 503 for want of Redis.
 HEALTHCHECK --interval=10s --timeout=6s --start-period=10s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f\"http://127.0.0.1:{os.environ['PORT']}/jobs?limit=1\", timeout=5)"]
+    CMD ["python", "-c", "import os; from urllib.request import Request, urlopen; urlopen(Request(f\"http://127.0.0.1:{os.environ['PORT']}/jobs?limit=1\", headers={'Authorization': 'Bearer ' + os.environ.get('API_TOKEN', '')}), timeout=5)"]
 
 CMD ["python", "jobqueue.py"]

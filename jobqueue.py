@@ -18,6 +18,7 @@ The keys, all behind the prefix `{jobqueue}:` (the braces keep them in one slot 
     processing         sorted set   ids being run, by the time their lease ends
     completed, failed  sorted sets  finished ids, by the time they finished
     history            sorted set   every id, by a number that only grows: the order of submission
+    idempotency:<hash> string       what was answered to a submission with that key, for 24 hours
     wake               channel      a message whenever the queue stops being empty
 
 To read it
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import hmac
 import inspect
 import json
 import logging
@@ -40,6 +42,7 @@ import random
 import re
 import secrets
 import signal
+import smtplib
 import socket
 import ssl
 import sys
@@ -49,12 +52,14 @@ import typing
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from email.message import EmailMessage
 from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import unquote, urlencode, urlsplit
 
 import hiredis
 import hypercorn
@@ -69,17 +74,22 @@ from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import (
     BadRequest,
     Conflict,
+    Forbidden,
     HTTPException,
     MethodNotAllowed,
     NotFound,
     RequestEntityTooLarge,
+    Unauthorized,
+    UnprocessableEntity,
     UnsupportedMediaType,
 )
 
 log = logging.getLogger("jobqueue")
+current_job: ContextVar[str] = ContextVar("current_job", default="")  # the id of the job that a task runs
 
 # ── Settings ────────────────────────────────────────────────────────────────────────────────────
 
@@ -106,6 +116,9 @@ class Settings:
     shutdown_grace_seconds: float = _setting(20.0, "what running jobs get to finish at shutdown", 0, 86_400)
     retention_seconds: float = _setting(604_800.0, "how long finished jobs are kept; 0: for ever", 0, 1e10)
     max_body_bytes: int = _setting(1_048_576, "the largest request body", 1024, 1 << 30)
+    api_token: str = _setting("", "what clients must send as Authorization: Bearer; unset: nothing")
+    smtp_url: str = _setting("", "smtp://user:password@host:port or smtps://; unset: e-mail is simulated")
+    smtp_from: str = _setting("jobqueue@localhost", "the sender of e-mail")
     log_level: str = _setting("info", "debug, info, warning or error")
 
     def __post_init__(self) -> None:
@@ -115,6 +128,8 @@ class Settings:
                 raise ValueError(f"{f.name.upper()} must be from {low:,} to {high:,}, not {value}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ValueError(f"LOG_LEVEL must be debug, info, warning or error, not {self.log_level!r}")
+        if self.smtp_url and not re.match(r"smtps?://[^/]+$", self.smtp_url):
+            raise ValueError("SMTP_URL must be smtp://[user:password@]host[:port], or smtps://")
         if self.redis_url:
             try:
                 redis.Redis.from_url(self.redis_url)
@@ -302,6 +317,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 HANDLERS: dict[str, Handler] = {}
+SMTP_SECONDS = 20.0  # longest wait for an SMTP server
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -326,9 +342,34 @@ def handler(job_type: str) -> Callable[[Function], Function]:
 
 @handler("email")
 async def email(to: str, subject: str, body: str) -> None:
-    """Send an e-mail; simulated: a line in the log, and one second."""
+    """Send an e-mail; simulated, since SMTP_URL is not set: a line in the log, and one second."""
     log.info("simulated e-mail to %r: %r, %d characters", to, subject, len(body))
     await trio.sleep(1)
+
+
+def send_email_through(url: str, sender: str) -> None:
+    """Make the handler of `email` a real one, which sends through the SMTP server at `url`."""
+    server_url = urlsplit(url)
+    tls = ssl.create_default_context()
+
+    @handler("email")
+    def email(to: str, subject: str, body: str) -> None:
+        """Send an e-mail."""
+        message = EmailMessage()  # which refuses a line break in a header
+        message["From"], message["To"], message["Subject"] = sender, to, subject
+        message.set_content(body)
+        host, port = server_url.hostname or "", server_url.port or 0  # 0: the usual one
+        with (
+            smtplib.SMTP_SSL(host, port, timeout=SMTP_SECONDS, context=tls)
+            if server_url.scheme == "smtps"
+            else smtplib.SMTP(host, port, timeout=SMTP_SECONDS)
+        ) as server:
+            server.ehlo()
+            if server.has_extn("starttls"):
+                server.starttls(context=tls)
+            if server_url.username:
+                server.login(unquote(server_url.username), unquote(server_url.password or ""))
+            server.send_message(message)
 
 
 @handler("math")
@@ -577,11 +618,15 @@ end
 """
 
 SCRIPTS = {
-    # (id, job type, payload, retries, timeout, delay in ms) … → nothing. Sent again, it changes nothing.
+    # key or '', what to keep for it, (id, job type, payload, retries, timeout, delay in ms) … → what is kept.
+    # Sent again, it changes nothing.
     "submit": """
+        local key = P .. 'idempotency:' .. ARGV[1]
+        local kept = ARGV[1] ~= '' and redis.call('GET', key)
+        if kept then return kept end
         local last = redis.call('ZREVRANGE', P .. 'history', 0, 0, 'WITHSCORES')
         local number = tonumber(last[2] or 0)
-        for i = 1, #ARGV, 6 do
+        for i = 3, #ARGV, 6 do
           local id, delay = ARGV[i], tonumber(ARGV[i + 5])
           local job = P .. 'job:' .. id
           if redis.call('EXISTS', job) == 0 then
@@ -596,7 +641,9 @@ SCRIPTS = {
               push('LPUSH', id)
             end
           end
-        end""",
+        end
+        if ARGV[1] ~= '' then redis.call('SET', key, ARGV[2], 'EX', 86400) end
+        return ARGV[2]""",
     # token, lease in ms → a Claim or nothing
     "claim": "return claim(ARGV[1], ARGV[2])",
     # Reports, → whether it was accepted, and the next Claim or nothing. ARGV[5]: the result
@@ -768,12 +815,18 @@ class Store:
             raise reply
         return reply
 
-    async def submit(self, jobs: Iterable[NewJob]) -> None:
-        """Put jobs into the queue, or into `delayed`; all or none."""
-        arguments: list[str | int] = []
+    async def submit(self, jobs: Sequence[NewJob], key: str = "", request: str = "") -> list[str] | None:
+        """Put jobs into the queue, or into `delayed`, all or none; their ids.
+
+        With an idempotency key, the ids that the same request got under it in the last 24 hours; None if it
+        was another request. `request` is what tells requests apart, a word without spaces.
+        """
+        arguments: list[str | int] = [key, " ".join([request, *(job.id for job in jobs)])]
         for job in jobs:
             arguments += [*job[:4], str(job.timeout), _milliseconds(job.delay)]
-        await self._run("submit", *arguments)
+        kept = await self._run("submit", *arguments)
+        first_request, *ids = kept.split(" ")
+        return ids if first_request == request else None
 
     async def report_and_claim(
         self, outcome: Outcome | None, token: str, lease: float
@@ -955,7 +1008,8 @@ class Crew:
         begun = trio.current_time()
         scope = trio.CancelScope(deadline=min(begun + claim.timeout, self.deadline))
         self.runs[claim.token] = Run(claim, scope)
-        log.info("job %s: %s, attempt %d", claim.id, claim.job_type, claim.attempts)
+        current_job.set(claim.id)
+        log.info("%s, attempt %d of %d", claim.job_type, claim.attempts, claim.max_retries + 1)
         outcome = None
         error = f"timed out after {claim.timeout:g} s"
         try:
@@ -965,30 +1019,29 @@ class Crew:
                 result = await HANDLERS[claim.job_type](from_json(claim.payload)[0])
                 outcome = Outcome(claim, "complete", (to_json(result),))
         except Exception as raised:  # here, and nowhere else: a handler may raise anything
-            log.debug("job %s: the traceback", claim.id, exc_info=raised)
+            log.debug("the traceback", exc_info=raised)
             if not scope.cancel_called:
                 error = _describe(raised)
         self.ran.add(claim.job_type)
         took = trio.current_time() - begun
         if self.runs.pop(claim.token, None) is None:
             self.tokens.discard(claim.token)
-            log.warning("job %s: cancelled after %.3f s, its lease was lost", claim.id, took)
-            return None
-        if outcome:
-            log.info("job %s: completed after %.3f s", claim.id, took)
+            outcome = None
+            log.warning("%s cancelled after %.3f s: its lease was lost", claim.job_type, took)
+        elif outcome:
+            log.info("%s completed after %.3f s", claim.job_type, took)
         elif scope.cancel_called and trio.current_time() >= self.deadline:
-            log.warning("job %s: cancelled after %.3f s by the shutdown, to run again", claim.id, took)
+            log.warning("%s cancelled after %.3f s by the shutdown: it will run again", claim.job_type, took)
             outcome = Outcome(claim, "release")
+        elif claim.attempts > claim.max_retries:
+            log.warning("%s failed for good after %.3f s: %s", claim.job_type, took, error)
+            outcome = Outcome(claim, "fail", (error,))
         else:
-            outcome = self._failed(claim, error)
-            log.warning("job %s: %s after %.3f s: %s", claim.id, outcome.transition, took, error)
+            delay = backoff(claim.attempts, self.settings.retry_delay_seconds)
+            log.warning("%s failed after %.3f s, again in %.1f s: %s", claim.job_type, took, delay, error)
+            outcome = Outcome(claim, "retry", (error, _milliseconds(delay)))
+        current_job.set("")
         return outcome
-
-    def _failed(self, claim: Claim, error: str) -> Outcome:
-        if claim.attempts > claim.max_retries:
-            return Outcome(claim, "fail", (error,))
-        delay = backoff(claim.attempts, self.settings.retry_delay_seconds)
-        return Outcome(claim, "retry", (error, _milliseconds(delay)))
 
 
 def _describe(error: BaseException) -> str:
@@ -1060,6 +1113,8 @@ DELAY_MOST_SECONDS = 366 * 86_400
 TIMEOUT_MOST_SECONDS = 7 * 86_400
 RETRIES_MOST = 100
 PAGE_MOST = 1000  # jobs, with ?limit=
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+BEARER = WWWAuthenticate("bearer", {"realm": "jobqueue"})
 CHUNK = 200  # jobs fetched at a time for a list without a limit
 WAIT_MOST = 30  # seconds, with ?wait=
 LOOK_AGAIN_SECONDS = 0.5  # how often a waiting request looks, for a job that ends in another process
@@ -1108,6 +1163,35 @@ def parse_job(body: Any, settings: Settings) -> NewJob:
         timeout=_amount(body, "timeout", settings.job_timeout_seconds, 0.001, TIMEOUT_MOST_SECONDS),
         delay=_amount(body, "delay", 0, 0, DELAY_MOST_SECONDS),
     )
+
+
+def parse_jobs(body: Any, settings: Settings) -> list[NewJob]:
+    """The one job, or the array of jobs, that a JSON value asks for; or BadRequest."""
+    if not isinstance(body, list):
+        return [parse_job(body, settings)]
+    if not body:
+        raise BadRequest("an array must have at least one job")
+    jobs = []
+    for index, item in enumerate(body):
+        try:
+            jobs.append(parse_job(item, settings))
+        except BadRequest as error:
+            raise BadRequest(f"job {index} of the array: {error.description}") from None
+    return jobs
+
+
+def parse_key(header: str | None, body: Any) -> tuple[str, str]:
+    """Hashes of an Idempotency-Key, empty if there is none, and of what the request asks for.
+
+    The key is a quoted string, as in draft-ietf-httpapi-idempotency-key-header, or the same without quotes.
+    """
+    if header is None:
+        return "", ""
+    if not re.fullmatch(r'"[!#-~]{1,255}"|[!#-~]{1,255}', header):
+        raise BadRequest("Idempotency-Key must be 1 to 255 visible ASCII characters, in quotes or not")
+    texts = (header.strip('"'), json.dumps(body, sort_keys=True))
+    key, fingerprint = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
+    return key, fingerprint
 
 
 def _payload_text(payload: Any) -> str:
@@ -1203,27 +1287,44 @@ def create_app(crew: Crew) -> QuartTrio:
     app.asgi_http_class = HTTPConnection
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
 
+    @app.before_request
+    async def guard() -> None:
+        """Ask for the token; without one, serve at a loopback address only who asks for it by that name.
+
+        So no other web site gets through a visitor's browser: it could send neither application/json nor
+        DELETE, and read nothing, without this server's consent (CORS); and to pass for this server it would
+        have to give its own name another address (DNS rebinding), which the Host header betrays.
+        """
+        if settings.api_token:
+            scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+            right = hmac.compare_digest(token.strip().encode(), settings.api_token.encode())
+            if not (scheme.lower() == "bearer" and right) and not wants_page():
+                raise Unauthorized(
+                    "send the header Authorization: Bearer, with the API token", www_authenticate=BEARER
+                )
+        elif settings.host in LOOPBACK and re.sub(r":\d+$", "", request.host) not in LOOPBACK:
+            raise Forbidden(
+                f"{request.host[:80]!r} is not a name of this server; to use another, set API_TOKEN"
+            )
+
+    def wants_page() -> bool:
+        best = request.accept_mimetypes.best_match(["application/json", "text/html"])
+        return request.method == "GET" and request.path in ("/", "/jobs") and best == "text/html"
+
     @app.post("/job")
     async def submit() -> Response:
         if request.mimetype != "application/json":
             raise UnsupportedMediaType("the Content-Type must be application/json")
         body = parse_json(cast(bytes, await request.get_data()))
-        if not isinstance(body, list):
-            job = parse_job(body, settings)
-            await store.submit([job])
-            crew.bell.ring(1)
-            return answer(f'{{"id": "{job.id}"}}\n', 202, {"Location": f"/job/{job.id}"})
-        if not body:
-            raise BadRequest("an array must have at least one job")
-        jobs = []
-        for index, item in enumerate(body):
-            try:
-                jobs.append(parse_job(item, settings))
-            except BadRequest as error:
-                raise BadRequest(f"job {index} of the array: {error.description}") from None
-        await store.submit(jobs)
+        jobs = parse_jobs(body, settings)
+        key, fingerprint = parse_key(request.headers.get("Idempotency-Key"), body)
+        ids = await store.submit(jobs, key, fingerprint)
+        if ids is None:
+            raise UnprocessableEntity("this Idempotency-Key was used for another request")
         crew.bell.ring(len(jobs))
-        return answer(json.dumps([{"id": job.id} for job in jobs]) + "\n", 202)
+        if isinstance(body, list):
+            return answer(json.dumps([{"id": job_id} for job_id in ids]) + "\n", 202)
+        return answer(f'{{"id": "{ids[0]}"}}\n', 202, {"Location": f"/job/{ids[0]}"})
 
     @app.get("/job/<job_id>")
     async def show(job_id: str) -> Response:
@@ -1253,7 +1354,7 @@ def create_app(crew: Crew) -> QuartTrio:
 
     @app.get("/jobs")
     async def index() -> Response:
-        if request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html":
+        if wants_page():
             return await live_page()
         status, cursor, limit = parse_query(request.args)
         page = await store.page(status, cursor, limit or CHUNK)
@@ -1336,6 +1437,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
                 connection = RedisConnection(url)
                 tending.start_soon(listen, connection, f"{store.prefix}wake", crew.bell)
             async with trio.open_nursery() as working:
+                working.start_soon(end_after_a_crash, crew)
                 address = await working.start(serve_http, app, listener, crew)
                 log.info("listening on %s with %d workers; %s", address, settings.workers, where(url))
                 for _ in range(settings.workers):
@@ -1384,6 +1486,15 @@ async def stop_on_signal(crew: Crew, *, task_status: trio.TaskStatus[None]) -> N
             grace = 0
 
 
+async def end_after_a_crash(crew: Crew) -> None:
+    """When a task failed its nursery cancels this one too; then let nothing hold up the end."""
+    try:
+        await crew.stopping.wait()
+    finally:
+        if not crew.stopping.is_set():
+            end_process(1, EXIT_SECONDS)
+
+
 def end_process(status: int, seconds: float) -> None:
     """End this process in so many seconds, if it did not by itself.
 
@@ -1395,12 +1506,30 @@ def end_process(status: int, seconds: float) -> None:
     timer.start()
 
 
+def set_up_logging(level: str) -> None:
+    """Log to stderr; what is said while a job runs, by its handler too, names the job."""
+
+    def name_job(record: logging.LogRecord) -> bool:
+        job_id = current_job.get()
+        record.job = f"job {job_id}: " if job_id else ""
+        return True
+
+    handler = logging.StreamHandler()
+    handler.addFilter(name_job)
+    form = "%(asctime)s %(levelname)-7s %(job)s%(message)s"
+    logging.basicConfig(level=level.upper(), format=form, handlers=[handler])
+    logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
+
+
 def main() -> None:
     """Read the settings, listen, serve. Signals wait until there is somebody to heed them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     settings = Settings.read(sys.argv[1:], os.environ)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s")
-    logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
+    set_up_logging(settings.log_level)
+    if settings.smtp_url:
+        send_email_through(settings.smtp_url, settings.smtp_from)
+    if settings.host not in LOOPBACK and not settings.api_token:
+        log.warning("anybody who reaches %s may use this queue: set API_TOKEN", settings.host)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)

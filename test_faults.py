@@ -510,8 +510,8 @@ def test_a_connection_closed_while_idle_is_opened_again(service: Start, redis_se
 # ── Shutdown ────────────────────────────────────────────────────────────────────────────────────
 
 GRACE = 2
-GET = b"GET /jobs?limit=1 HTTP/1.1\r\nHost: x\r\n"
-POST = b"POST /job HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+GET = b"GET /jobs?limit=1 HTTP/1.1\r\nHost: localhost\r\n"
+POST = b"POST /job HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
 
 
 def stops(program: Program, within: float, signals: int = 1) -> None:
@@ -556,7 +556,7 @@ def test_shutdown_with_a_client_that_reads_nothing_of_a_large_answer(
     program = graceful(redis_server.url, "--workers", "0")
     for _ in range(20):
         post(program.port, [{"job_type": "append", "payload": {"value": n}} for n in range(1000)])
-    with sent(program, b"GET /jobs HTTP/1.1\r\nHost: x\r\n\r\n", buffer=4096) as connection:
+    with sent(program, b"GET /jobs HTTP/1.1\r\nHost: localhost\r\n\r\n", buffer=4096) as connection:
         assert connection.recv(1) == b"H"
         stops(program, GRACE + 1)
 
@@ -682,7 +682,7 @@ def test_what_is_not_http_is_refused(memory: Program) -> None:
 
 def test_pipelined_requests_are_answered_in_order(memory: Program) -> None:
     ids = [memory.submit("math", a=n, b=n) for n in range(5)]
-    requests = [f"GET /job/{job_id} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for job_id in ids]
+    requests = [f"GET /job/{job_id} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() for job_id in ids]
     requests[-1] = requests[-1].replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     with sent(memory, b"".join(requests)) as connection:
         answer = read_all(connection).decode()

@@ -281,6 +281,32 @@ async def test_a_lost_connection_goes_to_every_caller_and_the_next_call_tries_ag
     assert [r.message for r in caplog.records] == ["Redis is away: gone; waiting for it", "Redis is back"]
 
 
+async def test_calls_that_come_while_a_connection_is_being_lost_do_not_wait_for_another_time_out(
+    nursery: trio.Nursery,
+) -> None:
+    may_fail, tries = trio.Event(), list[Any]()
+
+    async def breaks(commands: Any) -> list[Any]:
+        tries.append(commands)
+        await may_fail.wait()
+        raise redis.TimeoutError("no reply")
+
+    pipeline = AutoPipeline(breaks)
+    nursery.start_soon(pipeline.run)
+
+    async def caller(n: int) -> None:
+        with pytest.raises(redis.TimeoutError):
+            await pipeline.call(("PING", n))
+
+    async with trio.open_nursery() as callers:
+        callers.start_soon(caller, 1)
+        await wait_all_tasks_blocked()
+        callers.start_soon(caller, 2)
+        await wait_all_tasks_blocked()
+        may_fail.set()
+    assert tries == [[("PING", 1)]]
+
+
 async def test_a_refusal_goes_to_its_own_caller_alone(
     redis_server: RedisServer, nursery: trio.Nursery
 ) -> None:
@@ -953,6 +979,30 @@ async def test_idle_workers_leave_at_once(
     assert trio.current_time() < 1
 
 
+async def test_other_instances_may_extend_their_leases_first_when_redis_is_back(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
+) -> None:
+    carry, away = memory_bench.carrier, [False]
+
+    async def flickering(commands: Any) -> list[Any]:
+        if away[0]:
+            raise redis.ConnectionError("away")
+        return await carry(commands)
+
+    memory_bench.carrier = flickering
+    await run_crew(memory_bench, nursery, workers=0, lease_seconds=2)
+    [job_id] = await submitted(memory_bench)
+    await memory_bench.store.report_and_claim(None, "other:1", 2)
+    await trio.sleep(1.5)
+    away[0] = True
+    await trio.sleep(10)
+    away[0] = False
+    await trio.sleep(0.7)
+    assert await memory_bench.store.extend("other", 1, ["other:1"], 60) == []
+    await trio.sleep(3)
+    assert memory_bench.places() == {"processing": [job_id]}
+
+
 async def test_leases_are_not_ended_just_after_redis_was_away(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
 ) -> None:
@@ -1251,7 +1301,7 @@ def test_a_second_signal_releases_what_still_runs(start: Start, redis_server: Re
 def test_idle_shutdown_does_not_wait_for_keep_alive_connections(start: Start) -> None:
     program = start("--shutdown-grace-seconds", "60")
     with socket.create_connection(("127.0.0.1", program.port)) as idle:
-        idle.sendall(b"GET /jobs HTTP/1.1\r\nHost: x\r\n\r\n")
+        idle.sendall(b"GET /jobs HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert idle.recv(10_000).startswith(b"HTTP/1.1 200")
         begun = time.monotonic()
         assert program.stop() == 0
