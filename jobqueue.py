@@ -1061,7 +1061,7 @@ async def upkeep(crew: Crew) -> None:
     """Extend the leases of what runs here, then sweep, twice a second."""
     lease_seconds = crew.settings.lease_seconds
     pause = min(TICK_SECONDS, lease_seconds / 4)
-    calm_at = trio.current_time() + CALM_SECONDS
+    calm_at = math.inf
     while True:
         runs, wait = dict(crew.runs), pause
         try:
@@ -1069,9 +1069,9 @@ async def upkeep(crew: Crew) -> None:
             end_leases = trio.current_time() >= calm_at
             found = await crew.store.sweep(crew.settings.retention_seconds, end_leases)
         except redis.RedisError:
-            # Others were cut off too: do not end their leases before they could extend them.
-            calm_at = trio.current_time() + CALM_SECONDS
+            calm_at = math.inf  # others were cut off too: do not end their leases before they can extend them
         else:
+            calm_at = min(calm_at, trio.current_time() + CALM_SECONDS)
             for token in runs.keys() & lost:
                 if crew.runs.pop(token, None):
                     runs[token].scope.cancel()

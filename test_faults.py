@@ -651,7 +651,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 @pytest.fixture
 def memory(start: Start) -> Iterator[Program]:
-    """The program in memory; whatever a test did to it, it must still answer, and have logged no traceback."""
+    """The program in memory; whatever was done to it, it must still answer, and have logged no traceback."""
     program = start()
     yield program
     assert program.call("GET", "/jobs?limit=1")[0] == 200

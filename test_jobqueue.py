@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -14,12 +15,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import fakeredis
 import pytest
 import redis
 import trio
+from aiosmtpd.controller import Controller
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import jobqueue
@@ -1255,6 +1258,262 @@ async def test_a_bug_is_500_in_json_and_a_traceback_in_the_log(
     assert "ZeroDivisionError: secret detail" in caplog.text
 
 
+async def post_once(api: Api, key: str, body: Any) -> tuple[int, Any]:
+    response = await api.client.post("/job", json=body, headers={"Idempotency-Key": key})
+    return response.status_code, json.loads(await response.get_data())
+
+
+async def test_the_same_request_with_the_same_key_gets_the_same_answer_and_one_job(api: Api) -> None:
+    first = await post_once(api, '"a-key"', GOOD)
+    again = await post_once(api, "a-key", dict(reversed(GOOD.items())))
+    assert first == again
+    assert first[0] == 202
+    assert len(api.bench.places()["queue"]) == 1
+
+
+async def test_another_request_with_the_same_key_is_422_and_another_key_another_job(api: Api) -> None:
+    await post_once(api, "a", GOOD)
+    status, answer = await post_once(api, "a", GOOD | {"delay": 1})
+    assert (status, list(answer)) == (422, ["error"])
+    assert (await post_once(api, "b", GOOD))[0] == 202
+    assert len(api.bench.places()["queue"]) == 2
+
+
+async def test_an_array_is_submitted_once_too(api: Api) -> None:
+    assert await post_once(api, "a", [GOOD, GOOD]) == await post_once(api, "a", [GOOD, GOOD])
+    assert len(api.bench.places()["queue"]) == 2
+
+
+async def test_two_with_the_same_key_at_the_same_instant_make_one_job(api: Api) -> None:
+    answers: list[Any] = []
+
+    async def submit() -> None:
+        answers.append(await post_once(api, "a", GOOD))
+
+    async with trio.open_nursery() as both:
+        both.start_soon(submit)
+        both.start_soon(submit)
+    assert answers[0] == answers[1]
+    assert len(api.bench.places()["queue"]) == 1
+
+
+async def test_a_key_is_kept_for_24_hours(api: Api) -> None:
+    await post_once(api, "a", GOOD)
+    [key] = api.bench.client.keys("{jobqueue}:idempotency:*")
+    assert 86_390 < api.bench.client.ttl(key) <= 86_400
+
+
+@pytest.mark.parametrize("key", ["", '""', '"half', "with space", "x" * 256, "ä"])
+async def test_a_bad_key_is_400_and_stores_nothing(api: Api, key: str) -> None:
+    status, answer = await post_once(api, key, GOOD)
+    assert status == 400
+    assert "Idempotency-Key" in answer["error"]
+    assert api.bench.places() == {}
+
+
+@pytest.mark.parametrize("wait", ["", "-1", "31", "x", "nan", "1e1", "%D9%A3"])
+async def test_a_bad_wait_is_400(api: Api, wait: str) -> None:
+    _, answer = await api.post(GOOD)
+    assert (await api.get(f"/job/{answer['id']}?wait={wait}"))[0] == 400
+
+
+async def test_a_wait_ends_when_the_time_is_up_with_the_job_as_it_is(
+    autojump_clock: MockClock, api: Api
+) -> None:
+    _, answer = await api.post(GOOD)
+    begun = trio.current_time()
+    status, job = await api.get(f"/job/{answer['id']}?wait=7.5")
+    assert (status, job["status"], trio.current_time() - begun) == (200, "pending", 7.5)
+    assert api.crew.awaited == {}
+
+
+async def test_a_wait_ends_at_once_when_the_job_ends_here(
+    autojump_clock: MockClock, api: Api, nursery: trio.Nursery
+) -> None:
+    _, answer = await api.post({"job_type": "long", "payload": {"seconds": 3.25}})
+    nursery.start_soon(jobqueue.work, api.crew)
+    _, job = await api.get(f"/job/{answer['id']}?wait=30")
+    assert (job["status"], trio.current_time()) == ("completed", 3.25)
+
+
+async def test_a_wait_sees_within_half_a_second_a_job_that_ends_elsewhere(
+    autojump_clock: MockClock, api: Api, nursery: trio.Nursery
+) -> None:
+    other = Crew(api.bench.store, Settings())
+    _, answer = await api.post({"job_type": "long", "payload": {"seconds": 3.25}})
+    nursery.start_soon(jobqueue.work, other)
+    _, job = await api.get(f"/job/{answer['id']}?wait=30")
+    assert job["status"] == "completed"
+    assert 3.25 <= trio.current_time() <= 3.75
+
+
+async def test_a_shutdown_answers_those_who_wait(
+    autojump_clock: MockClock, api: Api, nursery: trio.Nursery
+) -> None:
+    _, answer = await api.post(GOOD)
+
+    async def stop() -> None:
+        await trio.sleep(2.2)
+        api.crew.stop(grace=20)
+
+    nursery.start_soon(stop)
+    status, job = await api.get(f"/job/{answer['id']}?wait=30")
+    assert (status, job["status"], trio.current_time()) == (200, "pending", 2.2)
+
+
+async def test_cancelling_a_waiting_job_ends_it_as_failed(api: Api) -> None:
+    for delay in (0, 60):
+        _, answer = await api.post(GOOD | {"delay": delay})
+        status, job = await api.get(f"/job/{answer['id']}", "DELETE")
+        assert (status, job["status"], job["error"]) == (200, "failed", "cancelled")
+    assert list(api.bench.places()) == ["failed"]
+
+
+async def test_cancelling_a_running_job_cancels_its_handler_within_a_second(
+    autojump_clock: MockClock, api: Api, nursery: trio.Nursery, handler: Register
+) -> None:
+    record: list[float] = []
+
+    @handler("slow")
+    async def slow() -> None:
+        try:
+            await trio.sleep(1000)
+        finally:
+            record.append(trio.current_time())
+
+    other = Crew(api.bench.store, Settings())
+    nursery.start_soon(jobqueue.work, other)
+    nursery.start_soon(jobqueue.upkeep, other)
+    _, answer = await api.post({"job_type": "slow", "payload": {}})
+    await trio.sleep(3.3)
+    assert (await api.get(f"/job/{answer['id']}", "DELETE"))[0] == 200
+    await trio.sleep(1)
+    assert record == [pytest.approx(3.5, abs=0.5)]
+    _, job = await api.get(f"/job/{answer['id']}")
+    assert (job["status"], job["error"], job["attempts"]) == ("failed", "cancelled", 1)
+
+
+async def test_cancelling_a_finished_job_is_409_and_an_unknown_one_404(api: Api) -> None:
+    _, answer = await api.post(GOOD)
+    await api.get(f"/job/{answer['id']}", "DELETE")
+    assert (await api.get(f"/job/{answer['id']}", "DELETE"))[0] == 409
+    assert (await api.get("/job/x", "DELETE"))[0] == 404
+
+
+async def test_a_browser_gets_the_page_and_others_json(api: Api) -> None:
+    for accept, kind in [
+        ("text/html,application/xhtml+xml,*/*;q=0.8", "text/html"),
+        ("*/*", "application/json"),
+        ("application/json", "application/json"),
+        ("", "application/json"),
+    ]:
+        response = await api.client.get("/jobs", headers={"Accept": accept})
+        assert response.mimetype == kind
+    assert (await api.client.get("/")).headers["Location"] == "/jobs"
+
+
+async def test_the_page_may_load_nothing_from_elsewhere(api: Api) -> None:
+    response = await api.client.get("/jobs", headers={"Accept": "text/html"})
+    policy = response.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'nonce-")
+    assert "unsafe" not in policy
+    assert "math" in await response.get_data(as_text=True)
+
+
+@pytest.mark.parametrize("given", ["", "Bearer", "Bearer wrong", "Basic token", "Bearer tokens", "Bearer ä"])
+async def test_without_the_token_everything_is_401(api: Api, given: str) -> None:
+    guarded = Api(api.bench, Settings(api_token="token"))
+    for method, path in [
+        ("GET", "/jobs"),
+        ("POST", "/job"),
+        ("GET", "/job/x"),
+        ("DELETE", "/job/x"),
+        ("GET", "/?"),
+    ]:
+        response = await guarded.client.open(path, method=method, headers={"Authorization": given})
+        assert response.status_code == 401
+        assert response.headers["WWW-Authenticate"].startswith("Bearer")
+
+
+async def test_with_the_token_all_is_as_ever_and_the_page_may_ask_for_it(api: Api) -> None:
+    guarded = Api(api.bench, Settings(api_token="token"))
+    for given in ("Bearer token", "bearer token"):
+        assert (await guarded.client.get("/jobs", headers={"Authorization": given})).status_code == 200
+    assert (await guarded.client.get("/jobs", headers={"Accept": "text/html"})).status_code == 200
+
+
+async def test_at_a_loopback_address_only_loopback_names_are_served(api: Api) -> None:
+    for host, status in [
+        ("localhost:8080", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:9000", 200),
+        ("evil.example:8080", 403),
+        ("localhost.evil.example", 403),
+    ]:
+        assert (await api.client.get("/jobs", headers={"Host": host})).status_code == status
+
+
+# ── E-mail, with a local SMTP server ────────────────────────────────────────────────────────────
+
+
+class Mailbox:
+    """What an SMTP server received; it refuses the address of nobody."""
+
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
+
+    async def handle_RCPT(self, _s: Any, _x: Any, envelope: Any, address: str, _o: Any) -> str:  # noqa: N802
+        if address.startswith("nobody@"):
+            return "550 no such mailbox"
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
+
+    async def handle_DATA(self, _s: Any, _x: Any, envelope: Any) -> str:  # noqa: N802
+        self.messages.append(envelope)
+        return "250 OK"
+
+
+@pytest.fixture
+def mailbox(handler: Register) -> Iterator[Mailbox]:
+    box = Mailbox()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = Controller(box, hostname="127.0.0.1", port=port)
+    server.start()
+    jobqueue.send_email_through(f"smtp://127.0.0.1:{port}", "queue@example.com")
+    yield box
+    server.stop()
+
+
+EMAIL = {"to": "user@example.com", "subject": "Hellö", "body": "Welcome!\n"}
+
+
+async def test_email_is_sent_through_the_smtp_server(mailbox: Mailbox) -> None:
+    await HANDLERS["email"](EMAIL)
+    [envelope] = mailbox.messages
+    assert (envelope.mail_from, envelope.rcpt_tos) == ("queue@example.com", ["user@example.com"])
+    assert b"Welcome!" in envelope.content
+
+
+@pytest.mark.parametrize("field", ["to", "subject"])
+async def test_email_with_a_line_break_in_a_header_is_refused(mailbox: Mailbox, field: str) -> None:
+    with pytest.raises(ValueError, match="linefeed"):
+        await HANDLERS["email"](EMAIL | {field: "a@example.com\nBcc: b@example.com"})
+    assert mailbox.messages == []
+
+
+async def test_a_refusal_of_the_smtp_server_is_the_error_of_the_job(
+    mailbox: Mailbox, bench: Bench, nursery: trio.Nursery
+) -> None:
+    crew = Crew(bench.store, Settings())
+    nursery.start_soon(jobqueue.work, crew)
+    payload = json.dumps(EMAIL | {"to": "nobody@example.com"})
+    job_id = await submit_typed(bench, crew, "email", payload, max_retries=0)
+    with crew.awaiting(job_id) as ended:
+        await ended.wait()
+    assert "no such mailbox" in bench.job(job_id)["error"]
+
+
 # ── The program as a whole ──────────────────────────────────────────────────────────────────────
 
 
@@ -1342,6 +1601,35 @@ def test_a_port_in_use_is_one_clear_line(start: Start) -> None:
     assert second.returncode == 1
     assert second.stderr.count("\n") == 1
     assert f"port {program.port}" in second.stderr
+
+
+def test_the_log_names_the_job_of_every_line_that_is_said_while_it_runs(start: Start) -> None:
+    program = start()
+    job_id = program.submit("email", to="a@example.com", subject="s", body="b")
+    program.ended(job_id)
+    eventually(lambda: program.logged(f"job {job_id}: email completed"))
+    assert program.logged(f"job {job_id}: email, attempt 1 of 4")
+    assert program.logged(f"job {job_id}: simulated e-mail to 'a@example.com'")
+
+
+def test_a_foreign_address_without_a_token_is_one_warning(start: Start) -> None:
+    assert start("--host", "0.0.0.0").logged("WARNING anybody who reaches 0.0.0.0 may use")
+    assert not start("--host", "0.0.0.0", API_TOKEN="secret").logged("WARNING")
+
+
+def test_a_bug_in_a_task_ends_the_program_with_a_traceback_and_status_1(tmp_path: Path) -> None:
+    module = tmp_path / "broken.py"
+    module.write_text(
+        "import jobqueue\n"
+        "async def upkeep(crew):\n"
+        "    raise ZeroDivisionError('a bug')\n"
+        "jobqueue.upkeep = upkeep\n"
+        "jobqueue.main()\n"
+    )
+    environ = os.environ | {"PYTHONPATH": str(Path(jobqueue.__file__).parent), "PORT": "0"}
+    run = subprocess.run([sys.executable, module], env=environ, capture_output=True, text=True, timeout=30)
+    assert run.returncode == 1
+    assert "ZeroDivisionError: a bug" in run.stderr
 
 
 def test_passwords_do_not_reach_the_log(start: Start) -> None:
