@@ -1,0 +1,613 @@
+"""The live page as a person has it: served by the program itself, in Chromium."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+
+from conftest import MODULE, Program, RedisServer, eventually, missing
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1280,900"
+)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """One browser for all: every program has a port of its own, and so an origin with nothing kept."""
+    for program in ("chromium", "chromedriver"):
+        if not shutil.which(program):
+            missing(program)
+    options = Options()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield browser
+    browser.quit()
+
+
+def read_log(browser: webdriver.Chrome, kind: str) -> list[dict[str, Any]]:
+    """What the browser wrote into a log since it was last read."""
+    entries: list[dict[str, Any]] = browser.get_log(kind)  # type: ignore[no-untyped-call]
+    return entries
+
+
+class Page:
+    """A browser at the page of a program. Elements are named by CSS selectors."""
+
+    def __init__(self, browser: webdriver.Chrome, program: Program, path: str = "/jobs") -> None:
+        self.browser, self.program = browser, program
+        self.origin = f"http://127.0.0.1:{program.port}"
+        self.open(path)
+
+    def open(self, path: str) -> None:
+        self.browser.get(self.origin + path)
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.browser.execute_script(script, *arguments)
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.browser.find_elements(By.CSS_SELECTOR, selector)
+
+    def one(self, selector: str) -> WebElement:
+        """The element, once it is there and to be seen."""
+        found: WebElement = eventually(
+            lambda: next((e for e in self.all(selector) if e.is_displayed()), None), selector
+        )
+        return found
+
+    def text(self, selector: str) -> str:
+        """What there is to read in an element; empty if it is not there."""
+        look = "const e = document.querySelector(arguments[0]); return e?.checkVisibility() && e.innerText"
+        return str(self.run(look, selector) or "")
+
+    def shows(self, text: str, selector: str = "body") -> None:
+        """Wait for a text."""
+        eventually(lambda: text in self.text(selector), f"{selector} shows {text!r}")
+
+    def ids(self) -> list[str]:
+        """The ids of the jobs listed, from the top."""
+        listed: list[str] = self.run("return [...document.querySelectorAll('tbody')].map(body => body.id)")
+        return listed
+
+    def row(self, job_id: str) -> str:
+        return f"[id='{job_id}']"
+
+    def open_details(self, job_id: str) -> None:
+        self.one(f"{self.row(job_id)} .toggle").click()
+
+    def detail(self, job_id: str, name: str) -> str:
+        return self.text(f"{self.row(job_id)} .detail [data-is={name}]")
+
+    def counts(self) -> dict[str, int]:
+        """The number in each filter."""
+        texts = {e.get_attribute("data-filter") or "all": e.text for e in self.all("[data-filter]")}
+        return {status: int(text.split()[-1]) for status, text in texts.items()}
+
+    def fill_and_submit(self, job_type: str, **fields: str) -> str:
+        """Send the form of a job type; the id of the job, once it stands at the top."""
+        before = self.ids()[:1]
+        form = f"form[data-job-type={job_type}]"
+        if not self.one(f"details:has(> {form})").get_attribute("open"):
+            self.one(f"details:has(> {form}) > summary").click()
+        for name, text in fields.items():
+            field = self.one(f"{form} [data-field={name}]")
+            field.clear()
+            field.send_keys(text)
+        self.one(f"{form} [type=submit]").click()
+        return str(
+            eventually(lambda: self.ids()[:1] != before and self.ids()[0], "the new job is at the top")
+        )
+
+    def accessibility(self) -> list[tuple[str, str]]:
+        """The role and the name of everything that a screen reader is told of."""
+        nodes = self.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+        return [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if not n["ignored"]]
+
+    def emulate(self, width: int = 0, height: int = 0, **features: str) -> None:
+        """A screen of another size, 0 for its own; a reader with other wishes."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": bool(width)}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        wishes = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wishes})
+
+    def complaints(self) -> list[str]:
+        """What the browser found wrong since the last look: failed scripts, what the policy forbids."""
+        messages = [entry["message"] for entry in read_log(self.browser, "browser")]
+        return [m for m in messages if "Content Security Policy" in m or "Uncaught" in m]
+
+    def hosts(self) -> set[str]:
+        """Whom the page sent requests since the last look."""
+        events = [json.loads(entry["message"])["message"] for entry in read_log(self.browser, "performance")]
+        urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return {urlsplit(url).netloc for url in urls if not url.startswith("data:")}
+
+
+Visit = Callable[..., Page]
+
+
+@pytest.fixture
+def visit(chromium: webdriver.Chrome) -> Iterator[Visit]:
+    """Opens the page of a program. Whatever a test does there, no script fails and no other host is asked."""
+    pages: list[Page] = []
+
+    def open_page(program: Program, path: str = "/jobs") -> Page:
+        for log in ("browser", "performance"):
+            read_log(chromium, log)
+        pages.append(Page(chromium, program, path))
+        return pages[-1]
+
+    yield open_page
+    found = [(page.complaints(), page.hosts()) for page in pages]
+    for page in pages:
+        page.emulate()
+    chromium.get("about:blank")  # before the program ends, which this page would complain about
+    assert found == [([], {f"127.0.0.1:{page.program.port}"}) for page in pages]
+
+
+Start = Callable[..., Program]
+
+
+def many(program: Program, job_type: str, count: int, **payload: Any) -> list[str]:
+    """Submit equal jobs at once; their ids, newest first, as they are listed."""
+    jobs = [{"job_type": job_type, "payload": payload}] * count
+    status, answer = program.call("POST", "/job", jobs)
+    assert status == 202, answer
+    return [job["id"] for job in reversed(answer)]
+
+
+# ── What it shows ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_slash_leads_to_the_page_and_clients_still_get_json(start: Start, visit: Visit) -> None:
+    program = start()
+    page = visit(program, "/")
+    assert page.browser.current_url == f"{page.origin}/jobs"
+    assert page.browser.title == "Job queue"
+    assert program.call("GET", "/jobs", Accept="*/*") == (200, [])
+
+
+def test_the_document_is_named_and_every_control_has_a_name(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    job_id = program.submit("math", a=1, b=2)
+    page = visit(program)
+    page.shows("pending", page.row(job_id))
+    assert page.run("return document.documentElement.lang") == "en"
+    assert [heading.text for heading in page.all("h1")] == ["Job queue"]
+    page.run("for (const kind of document.querySelectorAll('.kind')) { kind.name = ''; kind.open = true; }")
+    inputs = page.all("main input")
+    labels = [page.run("return arguments[0].labels[0].innerText", field).split()[0] for field in inputs]
+    assert labels == ["to", "subject", "body", "a", "b", "seconds"]
+    told = page.accessibility()
+    controls = {"button", "link", "textbox", "spinbutton", "DisclosureTriangle", "form", "navigation"}
+    assert controls <= {role for role, _ in told}
+    assert [role for role, name in told if role in controls and not name] == []
+    assert ("table", "Jobs, newest first") in told
+    assert ("button", f"Cancel math {job_id}") in told
+    assert ("status", "") in told  # where it will say what happened
+
+
+def test_an_empty_queue_says_so(start: Start, visit: Visit) -> None:
+    page = visit(start())
+    page.shows("No jobs yet", "#none")
+    page.shows("Live", "#live")
+    assert page.counts() == {"all": 0, "pending": 0, "processing": 0, "completed": 0, "failed": 0}
+
+
+def test_the_page_shows_a_job_after_it_ran(start: Start, visit: Visit) -> None:
+    program = start("--max-retries", "0")
+    good, bad = program.submit("math", a=1, b=2), program.submit("math", a="one", b=2)
+    program.ended(good)
+    program.ended(bad)
+    page = visit(program)
+    page.shows("3", f"{page.row(good)} .outcome")
+    assert page.ids() == [bad, good]
+    cells = [cell.text for cell in page.all(f"{page.row(good)} .line > *")]
+    assert cells[:3] == ["math", "completed", "1 of 1"]
+    assert cells[3].endswith(" s")
+    assert cells[4].endswith(" ms")
+    assert page.text(f"{page.row(bad)} .status") == "failed"
+    assert page.text(f"{page.row(bad)} .outcome").startswith("ValueError: invalid literal for int()")
+    assert page.one(f"{page.row(good)} time").get_attribute("title") == program.job(good)["created_at"]
+
+
+def test_a_job_that_waits_says_until_when_and_why(start: Start, visit: Visit) -> None:
+    program = start("--retry-delay-seconds", "1000")
+    job_id = program.submit("math", a="one", b=2)
+    page = visit(program)
+    page.shows("runs in", f"{page.row(job_id)} .outcome")
+    page.shows("ValueError", f"{page.row(job_id)} .outcome")
+    assert page.text(f"{page.row(job_id)} .status") == "pending"
+    page.open_details(job_id)
+    assert page.detail(job_id, "due_at")
+
+
+def test_details_show_payload_result_and_times(start: Start, visit: Visit) -> None:
+    program = start()
+    job_id = program.submit("math", a=2**64, b="3")
+    job = program.ended(job_id)
+    page = visit(program)
+    page.open_details(job_id)
+    assert page.detail(job_id, "payload") == '{\n  "a": 18446744073709551616,\n  "b": "3"\n}'
+    assert page.detail(job_id, "result") == "18446744073709551619"
+    assert page.detail(job_id, "id") == job_id
+    assert page.detail(job_id, "timeout") == "300 s"
+    for name in ("created_at", "started_at", "finished_at"):
+        assert page.one(f"{page.row(job_id)} .detail [data-is={name}]").get_attribute("title") == job[name]
+    assert page.detail(job_id, "error") == page.detail(job_id, "due_at") == ""
+    page.open_details(job_id)
+    assert page.detail(job_id, "payload") == ""
+
+
+# ── That it is alive ────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_page_updates_by_itself(start: Start, visit: Visit) -> None:
+    program = start()
+    page = visit(program)
+    page.shows("No jobs yet", "#none")
+    job_id = program.submit("long", seconds=1000)
+    page.shows("processing", page.row(job_id))
+    program.call("DELETE", f"/job/{job_id}")
+    page.shows("failed", page.row(job_id))
+    assert page.counts() == {"all": 1, "pending": 0, "processing": 0, "completed": 0, "failed": 1}
+
+
+def test_an_update_leaves_the_readers_place_alone(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    old = many(program, "math", 30, a=1, b=2)
+    read = old[20]
+    page = visit(program)
+    page.open_details(read)
+    page.run("document.getElementById(arguments[0]).scrollIntoView({ block: 'center' })", read)
+    page.run("getSelection().selectAllChildren(arguments[0])", page.one(f"{page.row(read)} pre"))
+
+    def place() -> tuple[float, bool, str]:
+        row = "const row = document.getElementById(arguments[0]); return"
+        top: float = page.run(f"{row} row.getBoundingClientRect().top", read)
+        has_focus = bool(page.run(f"{row} row.contains(document.activeElement)", read))
+        return top, has_focus, str(page.run("return getSelection().toString()"))
+
+    top, *rest = place()
+    assert rest == [True, '{\n  "a": 1,\n  "b": 2\n}']
+    new = many(program, "math", 5, a=3, b=4)
+    eventually(lambda: page.ids() == new + old, "the new jobs are at the top")
+    assert place() == (pytest.approx(top, abs=1), *rest)
+    assert page.detail(read, "payload")
+
+
+def test_what_is_being_read_stays_though_it_left_the_page_or_the_filter(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    [job_id] = many(program, "math", 1, a=1, b=2)
+    page = visit(program, "/jobs?status=pending")
+    page.open_details(job_id)
+    new = many(program, "math", 50, a=3, b=4)
+    eventually(lambda: page.ids() == [*new, job_id], "the new page, and the job that is read")
+    program.call("DELETE", f"/job/{job_id}")
+    page.shows("failed", page.row(job_id))
+    assert page.detail(job_id, "error") == "cancelled"
+    page.one("[data-filter=completed]").click()
+    page.shows("No completed jobs.", "#none")
+    assert page.ids() == []
+
+
+def test_the_page_says_that_redis_is_away_and_goes_on_when_it_is_back(
+    start: Start, visit: Visit, own_redis: Callable[..., RedisServer]
+) -> None:
+    server = own_redis("--appendonly", "yes")
+    program = start(REDIS_URL=server.url)
+    job_id = program.submit("math", a=1, b=2)
+    page = visit(program)
+    page.shows("completed", page.row(job_id))
+    server.kill()
+    page.shows("Redis cannot serve this now", "#live")
+    page.shows("Redis cannot serve this now", "#said")
+    assert page.ids() == [job_id]
+    server.start()
+    page.shows("Live", "#live")
+    job_id = program.submit("math", a=3, b=4)
+    page.shows("7", f"{page.row(job_id)} .outcome")
+
+
+# ── Filter, pages ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_filter_shows_one_status_and_the_counts_of_all(start: Start, visit: Visit) -> None:
+    program = start("--max-retries", "0")
+    good, bad = program.submit("math", a=1, b=2), program.submit("math", a="one", b=2)
+    program.ended(good)
+    program.ended(bad)
+    page = visit(program)
+    eventually(lambda: page.ids() == [bad, good])
+    page.one("[data-filter=failed]").click()
+    eventually(lambda: page.ids() == [bad])
+    assert page.counts() == {"all": 2, "pending": 0, "processing": 0, "completed": 1, "failed": 1}
+    assert [e.text for e in page.all("[aria-current=page]")] == ["Failed 1"]
+    assert page.browser.current_url == f"{page.origin}/jobs?status=failed"
+    page.browser.refresh()
+    eventually(lambda: page.ids() == [bad])
+    page.browser.back()
+    eventually(lambda: page.ids() == [bad, good])
+
+
+def test_older_pages_are_reached_keep_the_filter_and_do_not_jump(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    jobs = many(program, "math", 120, a=1, b=2)
+    page = visit(program, "/jobs?status=pending")
+    eventually(lambda: page.ids() == jobs[:50])
+    page.one("#older").click()
+    eventually(lambda: page.ids() == jobs[50:100])
+    many(program, "math", 5, a=3, b=4)
+    eventually(lambda: page.counts()["all"] == 125)
+    assert page.ids() == jobs[50:100]
+    page.one("#older").click()
+    eventually(lambda: page.ids() == jobs[100:])
+    assert page.text("#older") == ""
+    page.one("#newest").click()
+    eventually(lambda: page.ids()[5:] == jobs[:45])
+    assert page.browser.current_url == f"{page.origin}/jobs?status=pending"
+    assert page.text("#newest") == ""
+
+
+# ── What a person can do ────────────────────────────────────────────────────────────────────────
+
+
+def test_a_running_job_is_cancelled_by_its_button(start: Start, visit: Visit) -> None:
+    program = start()
+    job_id = program.submit("long", seconds=1000)
+    page = visit(program)
+    page.shows("processing", page.row(job_id))
+    page.one(f"{page.row(job_id)} [data-is=cancel]").click()
+    page.shows("long: cancelled", "#said")
+    page.shows("failed", page.row(job_id))
+    assert program.job(job_id)["error"] == "cancelled"
+    assert page.text(f"{page.row(job_id)} [data-is=cancel]") == ""
+
+
+def test_a_job_is_submitted_again_with_the_same_payload(start: Start, visit: Visit) -> None:
+    program = start()
+    job_id = program.submit("math", a=2**64, b=1)
+    program.ended(job_id)
+    page = visit(program)
+    page.open_details(job_id)
+    page.one(f"{page.row(job_id)} [data-is=again]").click()
+    new, old = eventually(lambda: len(page.ids()) == 2 and page.ids())
+    assert old == job_id
+    assert program.ended(new)["payload"] == {"a": 2**64, "b": 1}
+    page.shows("math: completed. 18446744073709551617", "#said")
+
+
+def test_the_form_of_each_handler_submits(start: Start, visit: Visit) -> None:
+    program = start()
+    page = visit(program, "/jobs?status=failed")
+    page.shows("No failed jobs", "#none")
+    email = page.fill_and_submit("email", to="ada@example.org", subject="Hello", body="Hi")
+    math = page.fill_and_submit("math", a="40", b="2")
+    long = page.fill_and_submit("long", seconds=".25")
+    usual = page.fill_and_submit("long", seconds="")
+    assert program.job(email)["payload"] == {"to": "ada@example.org", "subject": "Hello", "body": "Hi"}
+    assert program.job(math)["payload"] == {"a": "40", "b": "2"}
+    assert program.job(long)["payload"] == {"seconds": 0.25}
+    assert program.job(usual)["payload"] == {}
+    assert page.one("[data-field=seconds]").get_attribute("placeholder") == "2"
+    page.shows("42", f"{page.row(math)} .outcome")
+    assert page.browser.current_url == f"{page.origin}/jobs"
+
+
+FORK = '''
+import jobqueue
+
+@jobqueue.handler("every-kind")
+def every_kind(
+    dataset: str, whole: int, real: float, either: int | str, maybe: int | None, no: bool, yes: bool,
+    items: list[int | str], table: dict[str, int], free, level: int = 3, on: bool = True, note: str = "none",
+) -> None:
+    """Take every kind of parameter."""
+
+jobqueue.main()
+'''
+
+
+def test_a_handler_of_a_fork_has_a_form_for_every_kind_of_parameter(
+    start: Start, visit: Visit, tmp_path: Path
+) -> None:
+    module = tmp_path / "fork.py"
+    module.write_text(FORK)
+    program = start(module=module, PYTHONPATH=str(MODULE.parent))
+    page = visit(program)
+    page.one("details:has(> form[data-job-type=every-kind]) > summary").click()
+    assert page.text("form[data-job-type=every-kind] p") == "Take every kind of parameter."
+    page.one("[data-field=yes]").click()
+    texts = {
+        "dataset": "5",
+        "whole": str(2**53 + 1),
+        "real": "1.50",
+        "either": "6",
+        "maybe": "7",
+        "free": "x",
+    }
+    for name, text in {**texts, "items": "[1,", "table": '{"a": 1}'}.items():
+        page.one(f"[data-field={name}]").send_keys(text)
+    page.one("form[data-job-type=every-kind] [type=submit]").click()
+    page.shows("payload.items must be JSON: list[int | str]", "form[data-job-type=every-kind] output")
+    job_id = page.fill_and_submit("every-kind", items='[1, "2"]')
+    payload = program.job(job_id)["payload"]
+    assert (payload.pop("items"), payload.pop("table")) == ([1, "2"], {"a": 1})
+    assert (payload.pop("no"), payload.pop("yes"), payload.pop("on")) == (False, True, True)
+    assert payload == texts | {"whole": 2**53 + 1, "real": 1.5, "maybe": 7}
+
+
+def test_what_is_refused_is_said_beside_the_form(start: Start, visit: Visit) -> None:
+    page = visit(start("--max-body-bytes", "1024"))
+    page.shows("Live", "#live")
+    for name, text in {"to": "ada@example.org", "subject": "long", "body": "x" * 1000}.items():
+        page.one(f"[data-field={name}]").send_keys(text)
+    page.one("form[data-job-type=email] [type=submit]").click()
+    page.shows("the body must be at most 1,024 bytes", "form[data-job-type=email] output")
+    assert page.ids() == []
+    page.one("[data-field=body]").clear()
+    page.fill_and_submit("email", body="short")
+    assert page.text("form[data-job-type=email] output") == ""
+
+
+def test_the_page_is_used_with_the_keyboard_alone(start: Start, visit: Visit) -> None:
+    program = start()
+    job_id = program.submit("long", seconds=1000)
+    page = visit(program)
+    page.shows("processing", page.row(job_id))
+    page.one("[data-filter=failed]").send_keys(Keys.TAB)
+    press = webdriver.ActionChains(page.browser)
+    press.send_keys(Keys.ENTER).perform()
+    eventually(lambda: page.detail(job_id, "payload"), "Enter opens the details")
+    press.send_keys(Keys.TAB).send_keys(Keys.SPACE).perform()
+    page.shows("failed", page.row(job_id))
+    eventually(
+        lambda: page.run("return document.activeElement.className") == "toggle", "the focus stays in the row"
+    )
+
+
+# ── Whom it trusts ──────────────────────────────────────────────────────────────────────────────
+
+ATTACKS = ("<script>document.title = 'owned'</script>", "<img src=data:, onerror=document.title=1>")
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_markup_in_a_job_is_text_and_does_nothing(start: Start, visit: Visit, attack: str) -> None:
+    program = start("--max-retries", "0")
+    job_id = program.submit("math", a=attack, b=1)
+    program.ended(job_id)
+    page = visit(program)
+    page.shows(attack, f"{page.row(job_id)} .outcome")
+    page.open_details(job_id)
+    assert json.loads(page.detail(job_id, "payload")) == {"a": attack, "b": 1}
+    assert attack in page.detail(job_id, "error")
+    page.one(f"{page.row(job_id)} [data-is=again]").click()
+    page.shows(attack, "#said")
+    assert page.browser.title == "Job queue"
+    assert (len(page.all("script")), page.all("img")) == (1, [])
+
+
+def test_the_policy_stops_a_script_that_got_into_the_page_all_the_same(start: Start, visit: Visit) -> None:
+    page = visit(start())
+    page.run("document.body.insertAdjacentHTML('beforeend', arguments[0])", ATTACKS[1])
+    [complaint] = eventually(page.complaints)
+    assert "inline event handler" in complaint
+    assert page.browser.title == "Job queue"
+
+
+GUARDED = """
+import jobqueue
+from quart import request
+
+create_app = jobqueue.create_app
+
+def guarded(crew):
+    app = create_app(crew)
+
+    @app.before_request
+    async def ask():
+        is_page = "text/html" in request.headers.get("Accept", "")
+        if not is_page and request.headers.get("Authorization") != "Bearer secret":
+            return {"error": "a token, please"}, 401
+
+    return app
+
+jobqueue.create_app = guarded
+jobqueue.main()
+"""
+
+
+def test_the_page_asks_for_a_token_once_and_keeps_it_for_the_tab(
+    start: Start, visit: Visit, tmp_path: Path
+) -> None:
+    module = tmp_path / "guarded.py"
+    module.write_text(GUARDED)
+    page = visit(start(module=module, PYTHONPATH=str(MODULE.parent)))
+    field = page.one("dialog input")
+    field.send_keys("wrong", Keys.ENTER)
+    page.shows("The last one was refused.", "dialog")
+    field.send_keys("secret", Keys.ENTER)
+    page.shows("No jobs yet", "#none")
+    assert page.text("dialog") == ""
+    page.browser.refresh()
+    page.shows("No jobs yet", "#none")
+    assert page.text("dialog") == ""
+    page.fill_and_submit("math", a="1", b="2")
+    page.shows("math: completed. 3", "#said")
+
+
+# ── For every reader ────────────────────────────────────────────────────────────────────────────
+
+
+def test_on_a_phone_rows_are_cards_and_nothing_scrolls_sideways(start: Start, visit: Visit) -> None:
+    program = start("--max-retries", "0")
+    job_id = program.submit("math", a="x" * 300, b=1)
+    program.ended(job_id)
+    page = visit(program)
+    page.emulate(360, 740)
+    page.browser.refresh()
+    page.shows("ValueError", page.row(job_id))
+    page.open_details(job_id)
+    page.one("#new > summary").click()
+    assert page.run("return document.documentElement.scrollWidth") == 360
+    assert page.run("return getComputedStyle(document.querySelector('.line')).display") == "flex"
+    roles = {role for role, _ in page.accessibility()}
+    assert {"table", "row", "rowheader", "cell"} <= roles
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_stand_out_from_what_is_behind_them(start: Start, visit: Visit, scheme: str) -> None:
+    """4.5 to 1 at least: WCAG 2.2, 1.4.3."""
+    program = start("--max-retries", "0", "--workers", "1")
+    for payload in ({"a": 1, "b": 2}, {"a": "one", "b": 2}):
+        program.ended(program.submit("math", **payload))
+    program.submit("long", seconds=1000)
+    program.submit("long", seconds=1000)
+    page = visit(program)
+    page.emulate(prefers_color_scheme=scheme)
+    for status in ("pending", "processing", "completed", "failed"):
+        page.shows(status, f"tbody[data-status={status}]")
+    page.open_details(page.ids()[0])
+    assert page.run(CONTRAST) == []
+    assert page.run("return getComputedStyle(document.body).backgroundColor") == BACKGROUND[scheme]
+
+
+BACKGROUND = {"light": "rgb(247, 247, 245)", "dark": "rgb(19, 20, 22)"}
+CONTRAST = """
+const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+const luminance = (...colors) => { // of colours painted over each other
+  canvas.clearRect(0, 0, 1, 1);
+  for (const color of colors) { canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1); }
+  const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(
+    (level) => level / 255 <= 0.04045 ? level / 255 / 12.92 : ((level / 255 + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const poor = [];
+for (const element of document.querySelectorAll("body *")) {
+  const texts = [...element.childNodes].filter((node) => node.nodeType === 3 && node.data.trim());
+  const hidden = element.closest("script, noscript, template, thead th:last-child");
+  if (!texts.length || hidden || !element.checkVisibility({ opacityProperty: true })) continue;
+  const behind = [];
+  for (let e = element; e; e = e.parentElement) behind.unshift(getComputedStyle(e).backgroundColor);
+  const { color } = getComputedStyle(element);
+  const [low, high] = [luminance(...behind), luminance(...behind, color)].sort((a, b) => a - b);
+  const ratio = (high + 0.05) / (low + 0.05);
+  if (ratio < 4.5) poor.push(`${element.outerHTML.slice(0, 80)}: ${ratio.toFixed(2)}`);
+}
+return poor;
+"""
