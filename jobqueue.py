@@ -433,8 +433,9 @@ class RedisConnection:
         except OSError as error:
             raise redis.ConnectionError(str(error)) from None
         finally:
-            if len(replies) < len(commands):
-                self._connection = None  # which closes it
+            if len(replies) < len(commands) and self._connection is not None:
+                self._connection.disconnect()
+                self._connection = None
         return replies
 
     async def message(self) -> Any:
@@ -498,27 +499,32 @@ class AutoPipeline:
 
     >>> pipeline = AutoPipeline(RedisConnection("redis://localhost").exchange)
     >>> nursery.start_soon(pipeline.run)
-    >>> await pipeline.call(("INCR", "a"), ("GET", "a"))
-    [1, '1']
+    >>> await pipeline.call("INCR", "a")
+    1
     """
 
     def __init__(self, *carriers: Carrier) -> None:
         self._carriers = carriers
         self._idle = len(carriers)
-        self._calls: list[tuple[trio.lowlevel.Task, tuple[Command, ...]]] = []
+        self._commands: list[Command] = []
+        self._callers: list[trio.lowlevel.Task] = []  # of those commands
         self._called = trio.lowlevel.ParkingLot()
         self._away = False
 
-    async def call(self, *commands: Command) -> list[Any]:
-        """The replies to commands that travel together, in this order; a refusal is among them.
+    async def call(self, *command: str | int) -> Any:
+        """The reply to a command.
 
-        Raises redis.ConnectionError or TimeoutError; then nobody knows which were carried out.
+        Raises redis.ResponseError if it was refused, and redis.ConnectionError or TimeoutError when it is
+        unknown whether it was carried out.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        self._calls.append((trio.lowlevel.current_task(), commands))
+        self._commands.append(command)
+        self._callers.append(trio.lowlevel.current_task())
         self._called.unpark()
-        replies: list[Any] = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
-        return replies
+        reply = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     async def run(self) -> None:
         """Carry the commands. Cancel it only when nobody calls any more."""
@@ -528,31 +534,31 @@ class AutoPipeline:
 
     async def _carry(self, carrier: Carrier) -> None:
         while True:
-            while not self._calls:
+            while not self._commands:
                 await self._called.park()
-            share = -(-len(self._calls) // self._idle)
-            batch, self._calls = self._calls[:share], self._calls[share:]
-            self._called.unpark()
+            share = -(-len(self._commands) // self._idle)
+            commands, self._commands = self._commands[:share], self._commands[share:]
+            callers, self._callers = self._callers[:share], self._callers[share:]
+            self._called.unpark()  # for the rest, if there is any
             self._idle -= 1
             try:
-                replies = await carrier([command for _, commands in batch for command in commands])
+                replies = await carrier(commands)
+                self._note(None)
             except redis.RedisError as error:
-                if not self._away:
-                    log.warning("Redis is away: %s; waiting for it", error)
-                self._away = True
+                self._note(error)
                 # What came meanwhile shares the fate: it must not wait for another time-out.
-                batch, self._calls = batch + self._calls, []
-                for task, _ in batch:
-                    trio.lowlevel.reschedule(task, result_of.Error(type(error)(*error.args)))
-            else:
-                if self._away:
-                    log.info("Redis is back")
-                self._away = False
-                done = 0
-                for task, commands in batch:
-                    trio.lowlevel.reschedule(task, result_of.Value(replies[done : done + len(commands)]))
-                    done += len(commands)
+                callers, self._callers, self._commands = callers + self._callers, [], []
+                replies = [type(error)(*error.args) for _ in callers]
+            for caller, reply in zip(callers, replies, strict=True):
+                trio.lowlevel.reschedule(caller, result_of.Value(reply))
             self._idle += 1
+
+    def _note(self, error: redis.RedisError | None) -> None:
+        if error and not self._away:
+            log.warning("Redis is away: %s; waiting for it", error)
+        elif self._away and not error:
+            log.info("Redis is back")
+        self._away = error is not None
 
 
 # ── Store ───────────────────────────────────────────────────────────────────────────────────────
@@ -808,12 +814,10 @@ class Store:
             self._calls[name] = ("EVALSHA", hashlib.sha1(text.encode()).hexdigest(), 1, prefix)
 
     async def _run(self, name: str, *arguments: str | int) -> Any:
-        [reply] = await self._pipeline.call(self._calls[name] + arguments)
-        if isinstance(reply, redis.exceptions.NoScriptError):  # a new Redis, which did nothing
-            [reply] = await self._pipeline.call(("EVAL", self._texts[name], 1, self.prefix, *arguments))
-        if isinstance(reply, redis.ResponseError):
-            raise reply
-        return reply
+        try:
+            return await self._pipeline.call(*self._calls[name], *arguments)
+        except redis.exceptions.NoScriptError:  # a new Redis, which did nothing
+            return await self._pipeline.call("EVAL", self._texts[name], 1, self.prefix, *arguments)
 
     async def submit(self, jobs: Sequence[NewJob], key: str = "", request: str = "") -> list[str] | None:
         """Put jobs into the queue, or into `delayed`, all or none; their ids.
@@ -868,9 +872,7 @@ class Store:
 
     async def get(self, job_id: str) -> tuple[Status, str] | None:
         """The status of a job and all of it as JSON; None if it is unknown."""
-        [values] = await self._pipeline.call(("HMGET", f"{self.prefix}job:{job_id}", "status", *FIELDS))
-        if isinstance(values, redis.ResponseError):
-            raise values
+        values = await self._pipeline.call("HMGET", f"{self.prefix}job:{job_id}", "status", *FIELDS)
         return (Status(values[0]), job_json(job_id, values[1:])) if values[0] else None
 
     async def page(self, status: Status | None, cursor: str, limit: int) -> Page:
@@ -1108,10 +1110,12 @@ async def listen(connection: RedisConnection, channel: str, bell: Bell) -> None:
 
 # ── HTTP ────────────────────────────────────────────────────────────────────────────────────────
 
-JOB_FIELDS = ("job_type", "payload", "delay", "timeout", "max_retries")
-DELAY_MOST_SECONDS = 366 * 86_400
-TIMEOUT_MOST_SECONDS = 7 * 86_400
-RETRIES_MOST = 100
+AMOUNTS: dict[str, tuple[str, tuple[type, ...], float, float]] = {
+    "max_retries": ("a whole number", (int,), 0, 100),
+    "timeout": ("a number", (int, float), 0.001, 7 * 86_400),  # seconds
+    "delay": ("a number", (int, float), 0, 366 * 86_400),  # seconds
+}
+JOB_FIELDS = ("job_type", "payload", *AMOUNTS)
 PAGE_MOST = 1000  # jobs, with ?limit=
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 BEARER = WWWAuthenticate("bearer", {"realm": "jobqueue"})
@@ -1155,14 +1159,9 @@ def parse_job(body: Any, settings: Settings) -> NewJob:
         HANDLERS[job_type].check(payload)
     except ValueError as error:
         raise BadRequest(str(error)) from None
-    return NewJob(
-        id=str(uuid.uuid4()),
-        job_type=job_type,
-        payload=text,
-        max_retries=int(_amount(body, "max_retries", settings.max_retries, 0, RETRIES_MOST, (int,))),
-        timeout=_amount(body, "timeout", settings.job_timeout_seconds, 0.001, TIMEOUT_MOST_SECONDS),
-        delay=_amount(body, "delay", 0, 0, DELAY_MOST_SECONDS),
-    )
+    defaults = {"max_retries": settings.max_retries, "timeout": settings.job_timeout_seconds, "delay": 0}
+    amounts = [_amount(name, body.get(name, default)) for name, default in defaults.items()]
+    return NewJob(str(uuid.uuid4()), job_type, text, *amounts)
 
 
 def parse_jobs(body: Any, settings: Settings) -> list[NewJob]:
@@ -1205,19 +1204,11 @@ def _payload_text(payload: Any) -> str:
     return text
 
 
-def _amount(
-    body: Mapping[str, Any],
-    name: str,
-    default: float,
-    low: float,
-    high: float,
-    kinds: tuple[type, ...] = (int, float),
-) -> float:
-    value = body.get(name, default)
+def _amount(name: str, value: Any) -> Any:
+    kind, kinds, low, high = AMOUNTS[name]
     if type(value) not in kinds or not low <= value <= high:
-        kind = "a number" if float in kinds else "a whole number"
         raise BadRequest(f"{name} must be {kind} from {low:g} to {high:,}")
-    return cast(float, value)
+    return value
 
 
 class HTTPConnection(TrioASGIHTTPConnection):
