@@ -74,19 +74,8 @@ from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from werkzeug import exceptions as http
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import (
-    BadRequest,
-    Conflict,
-    Forbidden,
-    HTTPException,
-    MethodNotAllowed,
-    NotFound,
-    RequestEntityTooLarge,
-    Unauthorized,
-    UnprocessableEntity,
-    UnsupportedMediaType,
-)
 
 log = logging.getLogger("jobqueue")
 current_job: ContextVar[str] = ContextVar("current_job", default="")  # the id of the job that a task runs
@@ -1128,54 +1117,54 @@ def parse_json(body: bytes) -> Any:
     """What a JSON text says. Stricter than Python's parser: NaN and Infinity are not JSON."""
 
     def refuse(constant: str) -> None:
-        raise BadRequest(f"the body is not JSON: it has {constant}")
+        raise http.BadRequest(f"the body is not JSON: it has {constant}")
 
     try:
         return json.loads(body.decode(), parse_constant=refuse)
     except UnicodeDecodeError as error:
-        raise BadRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise http.BadRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
+        raise http.BadRequest(f"the body is not JSON: {error}") from None
     except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None
+        raise http.BadRequest("the body is nested too deeply") from None
     except ValueError:  # sys.get_int_max_str_digits()
-        raise BadRequest("the body has an integer of too many digits: at most 4,300") from None
+        raise http.BadRequest("the body has an integer of too many digits: at most 4,300") from None
 
 
 def parse_job(body: Any, settings: Settings) -> NewJob:
-    """The job that a JSON value asks for; or BadRequest, which names the field that is wrong."""
+    """The job that a JSON value asks for; or http.BadRequest, which names the field that is wrong."""
     if not isinstance(body, dict):
-        raise BadRequest("a job must be an object, with the fields job_type and payload")
+        raise http.BadRequest("a job must be an object, with the fields job_type and payload")
     for name in body:
         if name not in JOB_FIELDS:
-            raise BadRequest(f"{name[:80]!r} is not a field of a job; they are: {', '.join(JOB_FIELDS)}")
+            raise http.BadRequest(f"{name[:80]!r} is not a field of a job; they are: {', '.join(JOB_FIELDS)}")
     job_type, payload = body.get("job_type"), body.get("payload")
     if not isinstance(job_type, str) or job_type not in HANDLERS:
-        raise BadRequest(f"job_type must be one of: {', '.join(HANDLERS)}")
+        raise http.BadRequest(f"job_type must be one of: {', '.join(HANDLERS)}")
     if not isinstance(payload, dict):
-        raise BadRequest("payload must be an object")
+        raise http.BadRequest("payload must be an object")
     text = _payload_text(payload)
     try:
         HANDLERS[job_type].check(payload)
     except ValueError as error:
-        raise BadRequest(str(error)) from None
+        raise http.BadRequest(str(error)) from None
     defaults = {"max_retries": settings.max_retries, "timeout": settings.job_timeout_seconds, "delay": 0}
     amounts = [_amount(name, body.get(name, default)) for name, default in defaults.items()]
     return NewJob(str(uuid.uuid4()), job_type, text, *amounts)
 
 
 def parse_jobs(body: Any, settings: Settings) -> list[NewJob]:
-    """The one job, or the array of jobs, that a JSON value asks for; or BadRequest."""
+    """The one job, or the array of jobs, that a JSON value asks for; or http.BadRequest."""
     if not isinstance(body, list):
         return [parse_job(body, settings)]
     if not body:
-        raise BadRequest("an array must have at least one job")
+        raise http.BadRequest("an array must have at least one job")
     jobs = []
     for index, item in enumerate(body):
         try:
             jobs.append(parse_job(item, settings))
-        except BadRequest as error:
-            raise BadRequest(f"job {index} of the array: {error.description}") from None
+        except http.BadRequest as error:
+            raise http.BadRequest(f"job {index} of the array: {error.description}") from None
     return jobs
 
 
@@ -1187,7 +1176,7 @@ def parse_key(header: str | None, body: Any) -> tuple[str, str]:
     if header is None:
         return "", ""
     if not re.fullmatch(r'"[!#-~]{1,255}"|[!#-~]{1,255}', header):
-        raise BadRequest("Idempotency-Key must be 1 to 255 visible ASCII characters, in quotes or not")
+        raise http.BadRequest("Idempotency-Key must be 1 to 255 visible ASCII characters, in quotes or not")
     texts = (header.strip('"'), json.dumps(body, sort_keys=True))
     key, fingerprint = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
     return key, fingerprint
@@ -1198,16 +1187,16 @@ def _payload_text(payload: Any) -> str:
         text = json.dumps(payload, allow_nan=False, ensure_ascii=False)
         text.encode()
     except UnicodeEncodeError:
-        raise BadRequest("payload has half a surrogate pair, which is not a character") from None
+        raise http.BadRequest("payload has half a surrogate pair, which is not a character") from None
     except (ValueError, RecursionError):
-        raise BadRequest("payload has a number that is too large, or is nested too deeply") from None
+        raise http.BadRequest("payload has a number that is too large, or is nested too deeply") from None
     return text
 
 
 def _amount(name: str, value: Any) -> Any:
     kind, kinds, low, high = AMOUNTS[name]
     if type(value) not in kinds or not low <= value <= high:
-        raise BadRequest(f"{name} must be {kind} from {low:g} to {high:,}")
+        raise http.BadRequest(f"{name} must be {kind} from {low:g} to {high:,}")
     return value
 
 
@@ -1239,29 +1228,28 @@ class HTTPConnection(TrioASGIHTTPConnection):
 
 
 def parse_query(query: Mapping[str, str]) -> tuple[Status | None, str, int | None]:
-    """The status, cursor and limit that `GET /jobs` asks for; or BadRequest, which names the wrong one."""
+    """The status, cursor and limit that `GET /jobs` asks for; or http.BadRequest."""
     for name in query:
         if name not in ("status", "limit", "cursor"):
-            raise BadRequest(f"{name[:80]!r} is not a parameter; they are: status, limit, cursor")
+            raise http.BadRequest(f"{name[:80]!r} is no parameter; they are: status, limit, cursor")
     status, cursor, limit = query.get("status"), query.get("cursor", ""), query.get("limit")
     if status is not None and status not in list(Status):
-        raise BadRequest(f"status must be one of: {', '.join(Status)}")
+        raise http.BadRequest(f"status must be one of: {', '.join(Status)}")
     if cursor and not re.fullmatch(r"[0-9a-f-]{36}" if status else r"[0-9]{1,15}", cursor):
-        raise BadRequest("cursor must be one from a Link header, with the status that was asked for there")
+        raise http.BadRequest(
+            "cursor must be one from a Link header, with the status that was asked for there"
+        )
     if limit is not None and not (re.fullmatch(r"[0-9]{1,4}", limit) and 1 <= int(limit) <= PAGE_MOST):
-        raise BadRequest(f"limit must be a whole number from 1 to {PAGE_MOST}")
+        raise http.BadRequest(f"limit must be a whole number from 1 to {PAGE_MOST}")
     return Status(status) if status else None, cursor, int(limit) if limit else None
 
 
 def parse_wait(query: Mapping[str, str]) -> float:
-    """The seconds that `GET /job/<id>` is to wait; or BadRequest."""
+    """The seconds that `GET /job/<id>` is to wait; or http.BadRequest."""
     text = query.get("wait", "0")
-    if (
-        query.keys() - {"wait"}
-        or not re.fullmatch(r"\d{1,2}(\.\d+)?", text, re.ASCII)
-        or float(text) > WAIT_MOST
-    ):
-        raise BadRequest(f"the only parameter is wait, a number of seconds from 0 to {WAIT_MOST}")
+    number = re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", text)
+    if query.keys() - {"wait"} or not number or float(text) > WAIT_MOST:
+        raise http.BadRequest(f"the only parameter is wait, a number of seconds from 0 to {WAIT_MOST}")
     return float(text)
 
 
@@ -1290,11 +1278,11 @@ def create_app(crew: Crew) -> QuartTrio:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             right = hmac.compare_digest(token.strip().encode(), settings.api_token.encode())
             if not (scheme.lower() == "bearer" and right) and not wants_page():
-                raise Unauthorized(
+                raise http.Unauthorized(
                     "send the header Authorization: Bearer, with the API token", www_authenticate=BEARER
                 )
         elif settings.host in LOOPBACK and re.sub(r":\d+$", "", request.host) not in LOOPBACK:
-            raise Forbidden(
+            raise http.Forbidden(
                 f"{request.host[:80]!r} is not a name of this server; to use another, set API_TOKEN"
             )
 
@@ -1305,13 +1293,13 @@ def create_app(crew: Crew) -> QuartTrio:
     @app.post("/job")
     async def submit() -> Response:
         if request.mimetype != "application/json":
-            raise UnsupportedMediaType("the Content-Type must be application/json")
+            raise http.UnsupportedMediaType("the Content-Type must be application/json")
         body = parse_json(cast(bytes, await request.get_data()))
         jobs = parse_jobs(body, settings)
         key, fingerprint = parse_key(request.headers.get("Idempotency-Key"), body)
         ids = await store.submit(jobs, key, fingerprint)
         if ids is None:
-            raise UnprocessableEntity("this Idempotency-Key was used for another request")
+            raise http.UnprocessableEntity("this Idempotency-Key was used for another request")
         crew.bell.ring(len(jobs))
         if isinstance(body, list):
             return answer(json.dumps([{"id": job_id} for job_id in ids]) + "\n", 202)
@@ -1324,7 +1312,7 @@ def create_app(crew: Crew) -> QuartTrio:
             while True:
                 found = await store.get(job_id)
                 if found is None:
-                    raise NotFound(f"there is no job {job_id[:80]!r}, or no more")
+                    raise http.NotFound(f"there is no job {job_id[:80]!r}, or no more")
                 status, text = found
                 left = give_up - trio.current_time()
                 if left <= 0 or status in ENDED or crew.stopping.is_set():
@@ -1336,7 +1324,7 @@ def create_app(crew: Crew) -> QuartTrio:
     async def cancel(job_id: str) -> Response:
         status = await store.cancel(job_id)
         if status in ENDED:
-            raise Conflict(f"the job is {status} already")
+            raise http.Conflict(f"the job is {status} already")
         return await show(job_id)
 
     @app.get("/")
@@ -1376,14 +1364,14 @@ def create_app(crew: Crew) -> QuartTrio:
         headers = {"Content-Security-Policy": policy, "Vary": "Accept", "Cache-Control": "no-store"}
         return Response(text, 200, headers, content_type="text/html; charset=utf-8")
 
-    @app.errorhandler(HTTPException)
-    async def refuse(error: HTTPException) -> Response:
+    @app.errorhandler(http.HTTPException)
+    async def refuse(error: http.HTTPException) -> Response:
         text = error.description
-        if isinstance(error, NotFound) and request.routing_exception:
+        if isinstance(error, http.NotFound) and request.routing_exception:
             text = f"there is nothing at {request.path[:80]}; try POST /job, GET /job/<id> or GET /jobs"
-        elif isinstance(error, MethodNotAllowed):
+        elif isinstance(error, http.MethodNotAllowed):
             text = f"{request.method} is not possible here, only: {', '.join(error.valid_methods or ())}"
-        elif isinstance(error, RequestEntityTooLarge):
+        elif isinstance(error, http.RequestEntityTooLarge):
             text = f"the body must be at most {settings.max_body_bytes:,} bytes"
         headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
         return answer(json.dumps({"error": text}) + "\n", error.code or 500, headers)

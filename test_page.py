@@ -510,34 +510,8 @@ def test_the_policy_stops_a_script_that_got_into_the_page_all_the_same(start: St
     assert page.browser.title == "Job queue"
 
 
-GUARDED = """
-import jobqueue
-from quart import request
-
-create_app = jobqueue.create_app
-
-def guarded(crew):
-    app = create_app(crew)
-
-    @app.before_request
-    async def ask():
-        is_page = "text/html" in request.headers.get("Accept", "")
-        if not is_page and request.headers.get("Authorization") != "Bearer secret":
-            return {"error": "a token, please"}, 401
-
-    return app
-
-jobqueue.create_app = guarded
-jobqueue.main()
-"""
-
-
-def test_the_page_asks_for_a_token_once_and_keeps_it_for_the_tab(
-    start: Start, visit: Visit, tmp_path: Path
-) -> None:
-    module = tmp_path / "guarded.py"
-    module.write_text(GUARDED)
-    page = visit(start(module=module, PYTHONPATH=str(MODULE.parent)))
+def test_the_page_asks_for_a_token_once_and_keeps_it_for_the_tab(start: Start, visit: Visit) -> None:
+    page = visit(start(API_TOKEN="secret"))
     field = page.one("dialog input")
     field.send_keys("wrong", Keys.ENTER)
     page.shows("The last one was refused.", "dialog")
