@@ -323,6 +323,8 @@ def handler(job_type: str) -> Callable[[Function], Function]:
 
     def register(function: Function) -> Function:
         parameters = inspect.signature(function, eval_str=True).parameters
+        if any(p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters.values()):
+            raise TypeError(f"the handler of {job_type!r} must have named parameters only")
         HANDLERS[job_type] = Handler(function, parameters, inspect.iscoroutinefunction(function))
         return function
 
@@ -1337,9 +1339,10 @@ def create_app(crew: Crew) -> QuartTrio:
             return await live_page()
         status, cursor, limit = parse_query(request.args)
         page = await store.page(status, cursor, limit or CHUNK)
+        headers = {"Vary": "Accept", "Cache-Control": "no-store"}
         if limit is None:
-            return answer(stream(status, page))
-        headers = {"Job-Counts": ", ".join(f"{name}={count}" for name, count in page.counts.items())}
+            return answer(stream(status, page), headers=headers)
+        headers["Job-Counts"] = ", ".join(f"{name}={count}" for name, count in page.counts.items())
         if page.cursor:
             query = ({"status": status} if status else {}) | {"limit": limit, "cursor": page.cursor}
             headers["Link"] = f'</jobs?{urlencode(query)}>; rel="next"'

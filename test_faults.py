@@ -44,7 +44,7 @@ from jobqueue import AutoPipeline, Carrier, Claim, NewJob, Outcome, RedisConnect
 Start = Callable[..., Program]
 OwnRedis = Callable[..., RedisServer]
 ROUNDS = int(os.environ.get("SOAK_ROUNDS", "30"))
-LEASE = ("--lease-seconds", "1")
+LEASE = ("--lease-seconds", "2")
 
 SERVICE = """
 import os, signal, time

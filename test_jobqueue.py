@@ -174,6 +174,13 @@ async def test_a_def_handler_runs_in_a_thread(handler: Register) -> None:
     assert await HANDLERS["where"]({}) != threading.get_ident()
 
 
+def test_a_handler_must_have_named_parameters_only(handler: Register) -> None:
+    with pytest.raises(TypeError, match="named parameters"):
+        handler("odd")(lambda *args: None)
+    with pytest.raises(TypeError, match="named parameters"):
+        handler("odd")(lambda **options: None)
+
+
 async def test_a_cancelled_def_handler_is_left_behind(handler: Register) -> None:
     go_on = threading.Event()
 
