@@ -1,0 +1,1 @@
+"""What the same machine can do at most: the service's own building blocks, with no service around them."""

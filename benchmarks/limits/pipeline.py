@@ -1,0 +1,92 @@
+"""The Redis limit: the service's own Lua in redis-py pipelines, on one connection, with no service around it.
+
+It has the command line of the peers, and one more: `python -m limits.pipeline work`. What the scripts take
+and return stands beside them in `jobqueue.SCRIPTS`; when that changes, this must.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import uuid
+from typing import Any
+
+import redis
+from peers import peer
+
+import jobqueue
+
+PREFIX = "{jobqueue}:"
+LEASE_MS = 15_000
+client = redis.Redis.from_url(peer.REDIS_URL, decode_responses=True)
+
+
+def script(name: str) -> Any:
+    return client.register_script(
+        "\n".join([jobqueue.LUA_CLOCK, jobqueue.LUA_COMMON, jobqueue.SCRIPTS[name]])
+    )
+
+
+def math_jobs(count: int) -> list[str | int]:
+    """The arguments of `submit`: neither an idempotency key nor what to keep for it, and then the jobs."""
+    arguments: list[str | int] = ["", ""]
+    for _ in range(count):
+        arguments += [str(uuid.uuid4()), "math", '{"a": 1, "b": 2}', 3, "300.0", 0]
+    return arguments
+
+
+def one(count: int) -> None:
+    submit = script("submit")
+    for _ in range(count):
+        submit([PREFIX], math_jobs(1))
+
+
+def tasks(count: int) -> None:
+    """As many to a round trip as 32 submitters would have under way."""
+    submit = script("submit")
+    for some in peer.sizes(count, peer.SUBMITTERS):
+        pipe = client.pipeline(transaction=False)
+        for _ in range(some):
+            submit([PREFIX], math_jobs(1), pipe)
+        pipe.execute()
+
+
+def bulk(count: int, size: int) -> None:
+    submit = script("submit")
+    for some in peer.sizes(count, size):
+        submit([PREFIX], math_jobs(some))
+
+
+def work() -> None:
+    """Ten jobs in hand. A round trip reports them and claims the next ten; in between they are run."""
+    claim, complete = script("claim"), script("complete")
+    held: list[tuple[str, list[str]]] = []  # token, claim
+    number = 0
+    while True:
+        pipe = client.pipeline(transaction=False)
+        tokens = []
+        for slot in range(peer.CONCURRENCY):
+            number += 1
+            tokens.append(f"limit:{number}")
+            if slot < len(held):
+                token, (job_id, _, payload, *_) = held[slot]
+                result = json.dumps(peer.add(**json.loads(payload)))
+                complete([PREFIX], [job_id, token, tokens[slot], LEASE_MS, result], pipe)
+            else:
+                claim([PREFIX], [tokens[slot], LEASE_MS], pipe)
+        replies: list[Any] = pipe.execute()
+        claims = [reply[1] if slot < len(held) else reply for slot, reply in enumerate(replies)]
+        held = [(token, job) for token, job in zip(tokens, claims, strict=True) if job]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["work"]:
+        work()
+    peer.main(
+        package="redis",
+        settings=[peer.Setting("10 jobs to a round trip", "-m limits.pipeline work")],
+        finished=("ZCARD", f"{PREFIX}completed"),
+        ways={"one": one, "tasks": tasks, "bulk": bulk},
+        send_stamp=None,
+        jobs=40_000,
+    )
