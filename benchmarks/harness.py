@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import select
 import shutil
 import signal
@@ -154,9 +155,15 @@ def busy_share(seconds: float = 1.0) -> float:
     return (busy_then - busy) / max(1, busy_then - busy + free_then - free)
 
 
+PORTS = iter(random.sample(range(20_000, 30_000), 10_000))  # from where no system takes ports by itself
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """A port that nobody listens on, and never the same twice."""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise MeasurementError("there is no free port")
 
 
 @contextlib.contextmanager

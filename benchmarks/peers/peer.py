@@ -78,7 +78,7 @@ def main(
 ) -> None:
     """The command line of a peer.
 
-    `package`: its name on PyPI. `settings`: its best ones, in one process and in several. `finished`: the
+    `package`: its name as a package. `settings`: its best ones, for one process and several. `finished`: the
     Redis command whose answer moves by one with each finished job. `ways`: functions of a count, `bulk` also
     of a size. `send_stamp`: submits one `stamp`. `jobs`: about what it runs in two seconds. `connect`: an
     async context manager around all that is submitted.
