@@ -56,7 +56,7 @@ class Process:
     def output(self) -> str:
         """The end of what it wrote."""
         size = self._output.seek(0, os.SEEK_END)
-        self._output.seek(max(0, size - 3000))
+        self._output.seek(max(0, size - 300))
         return self._output.read().decode(errors="replace").strip() or "no output"
 
     def check(self) -> None:
