@@ -142,10 +142,13 @@ class Bench:
         self.pipeline = AutoPipeline(self._carry)
         self.store = Store(self.pipeline, clock=self.CLOCK)
         self.follow_trio = False
+        self.away = False  # whether Redis cannot be reached
         self.now = 1_000_000.0
         self.move(0)
 
     async def _carry(self, commands: Any) -> list[Any]:
+        if self.away:
+            raise redis.ConnectionError("away")
         if self.follow_trio:
             self.client.set(PREFIX + "clock", int((1_000_000 + trio.current_time()) * 1000))
         return await self.carrier(commands)

@@ -816,12 +816,15 @@ class Store:
         With an idempotency key, the ids that the same request got under it in the last 24 hours; None if it
         was another request. `request` is what tells requests apart, a word without spaces.
         """
-        arguments: list[str | int] = [key, " ".join([request, *(job.id for job in jobs)])]
+        ids = [job.id for job in jobs]
+        arguments: list[str | int] = [key, " ".join([request, *ids]) if key else ""]
         for job in jobs:
             arguments += [*job[:4], str(job.timeout), _milliseconds(job.delay)]
         kept = await self._run("submit", *arguments)
-        first_request, *ids = kept.split(" ")
-        return ids if first_request == request else None
+        if not key:
+            return ids
+        first_request, *first_ids = kept.split(" ")
+        return first_ids if first_request == request else None
 
     async def report_and_claim(
         self, outcome: Outcome | None, token: str, lease: float
@@ -833,8 +836,7 @@ class Store:
         ms = _milliseconds(lease)
         if outcome:
             claim, transition, arguments = outcome
-            reply = await self._run(transition, claim.id, claim.token, token, ms, *arguments)
-            accepted, claimed = reply
+            accepted, claimed = await self._run(transition, claim.id, claim.token, token, ms, *arguments)
         else:
             accepted, claimed = 1, await self._run("claim", token, ms)
         return accepted == 1, _claim(token, claimed) if claimed else None
@@ -871,8 +873,7 @@ class Store:
 
         They are ordered newest first: by submission, or with a `status` by when they came into it.
         """
-        reply = await self._run("page", status or "", cursor, limit, *FIELDS)
-        following, ids, jobs, counts = reply
+        following, ids, jobs, counts = await self._run("page", status or "", cursor, limit, *FIELDS)
         rows = zip(ids, jobs, strict=True)
         found = [job_json(id_, values) for id_, values in rows if values[0] is not None]
         return Page(following, found, dict(zip(Status, counts, strict=True)))

@@ -999,21 +999,13 @@ async def test_idle_workers_leave_at_once(
 async def test_other_instances_may_extend_their_leases_first_when_redis_is_back(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
 ) -> None:
-    carry, away = memory_bench.carrier, [False]
-
-    async def flickering(commands: Any) -> list[Any]:
-        if away[0]:
-            raise redis.ConnectionError("away")
-        return await carry(commands)
-
-    memory_bench.carrier = flickering
     await run_crew(memory_bench, nursery, workers=0, lease_seconds=2)
     [job_id] = await submitted(memory_bench)
     await memory_bench.store.report_and_claim(None, "other:1", 2)
     await trio.sleep(1.5)
-    away[0] = True
+    memory_bench.away = True
     await trio.sleep(10)
-    away[0] = False
+    memory_bench.away = False
     await trio.sleep(0.7)
     assert await memory_bench.store.extend("other", 1, ["other:1"], 60) == []
     await trio.sleep(3)
@@ -1023,20 +1015,12 @@ async def test_other_instances_may_extend_their_leases_first_when_redis_is_back(
 async def test_leases_are_not_ended_just_after_redis_was_away(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
 ) -> None:
-    carry, away = memory_bench.carrier, trio.Event()
-
-    async def flickering(commands: Any) -> list[Any]:
-        if away.is_set():
-            raise redis.ConnectionError("away")
-        return await carry(commands)
-
-    memory_bench.carrier = flickering
     crew = await run_crew(memory_bench, nursery, lease_seconds=2)
     job_id = await submit_typed(memory_bench, crew, "long", '{"seconds": 30}')
     await trio.sleep(5)
-    away.set()
+    memory_bench.away = True
     await trio.sleep(10)
-    away = trio.Event()
+    memory_bench.away = False
     assert (await finished(memory_bench, job_id))["attempts"] == "1"
 
 
