@@ -187,6 +187,7 @@ class Claim(NamedTuple):
     """A job in the hands of a worker."""
 
     token: str  # the name of this claim, which no other ever had
+    behind: int  # jobs that were left in the queue
     id: str
     job_type: str
     payload: str  # an object, as JSON
@@ -200,20 +201,27 @@ def _json_time(milliseconds: str) -> str:
     return f'"{moment.isoformat(timespec="milliseconds")[:-6]}Z"'
 
 
-to_json = json.JSONEncoder(allow_nan=False).encode
-from_json = json.JSONDecoder().raw_decode
+_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+
+
+def to_json(value: Any) -> str:
+    """The JSON of a value; ValueError if it has a number that is not finite, or half a surrogate pair."""
+    text = _encode(value)
+    text.encode()
+    return text
+
 
 # What is stored of a job and shown of it, in this order, and how each is written in JSON. Payload and
 # result are JSON already: they pass through untouched, however deep they are and whatever numbers they hold.
 FIELDS: dict[str, Callable[[str], str]] = {
-    "job_type": json.dumps,
+    "job_type": to_json,
     "payload": str,
-    "status": json.dumps,
+    "status": to_json,
     "attempts": str,
     "max_retries": str,
     "timeout": str,
     "result": str,
-    "error": json.dumps,
+    "error": to_json,
     "created_at": _json_time,
     "due_at": _json_time,
     "started_at": _json_time,
@@ -247,12 +255,23 @@ def backoff(attempt: int, first: float, jitter: Callable[[], float] = random.ran
 JSON_TYPES = {str, int, float, bool, list, dict, types.NoneType}
 
 
+class Parameter(NamedTuple):
+    """A field of a payload, as the signature of a handler has it."""
+
+    name: str
+    annotation: str  # as it is written there, or empty
+    kinds: set[type]  # of the values that fit; empty: all
+    required: bool
+    default: str  # as JSON, or empty
+
+
 @dataclass(frozen=True)
 class Handler:
     """A function that runs one type of job, and its signature: the contract for the payload."""
 
     function: Callable[..., Any]
-    parameters: Mapping[str, inspect.Parameter]
+    doc: str
+    parameters: Mapping[str, Parameter]
     is_async: bool
 
     def check(self, payload: Mapping[str, Any]) -> None:
@@ -263,26 +282,11 @@ class Handler:
                 raise ValueError(f"payload.{name} is not a parameter; they are: {known}")
         for name, parameter in self.parameters.items():
             if name not in payload:
-                if parameter.default is parameter.empty:
+                if parameter.required:
                     raise ValueError(f"payload.{name} is missing; the parameters are: {known}")
-            elif not _fits(payload[name], parameter.annotation):
-                kinds = inspect.formatannotation(parameter.annotation)
-                raise ValueError(f"payload.{name} must be {kinds}, not {json.dumps(payload[name])[:80]}")
-
-    def describe(self) -> dict[str, Any]:
-        """What a form for it needs to know."""
-        return {
-            "doc": (inspect.getdoc(self.function) or "").partition("\n")[0],
-            "parameters": [
-                {
-                    "name": name,
-                    "type": "" if p.annotation is p.empty else inspect.formatannotation(p.annotation),
-                    "required": p.default is p.empty,
-                    "default": None if p.default is p.empty else json.dumps(p.default, default=str),
-                }
-                for name, p in self.parameters.items()
-            ],
-        }
+            elif parameter.kinds and type(payload[name]) not in parameter.kinds:
+                given = json.dumps(payload[name])[:80]
+                raise ValueError(f"payload.{name} must be {parameter.annotation}, not {given}")
 
     async def __call__(self, payload: Mapping[str, Any]) -> Any:
         """Run the function: in this task if it is `async def`, in a thread if it is `def`.
@@ -296,13 +300,19 @@ class Handler:
         return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
 
 
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a JSON value is of the annotated type. What JSON cannot tell, such as `Path`, always fits."""
+def _parameter(parameter: inspect.Parameter) -> Parameter:
+    annotation, default, empty = parameter.annotation, parameter.default, parameter.empty
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     kinds = set(typing.get_args(annotation)) if is_union else {annotation}
-    if not kinds <= JSON_TYPES:
-        return True
-    return type(value) in kinds or (type(value) is int and float in kinds)
+    if float in kinds:
+        kinds.add(int)
+    return Parameter(
+        parameter.name,
+        "" if annotation is empty else inspect.formatannotation(annotation),
+        kinds if kinds <= JSON_TYPES else set(),  # what JSON cannot tell, such as `Path`, always fits
+        default is empty,
+        "" if default is empty else json.dumps(default, default=str),
+    )
 
 
 HANDLERS: dict[str, Handler] = {}
@@ -322,10 +332,12 @@ def handler(job_type: str) -> Callable[[Function], Function]:
     """
 
     def register(function: Function) -> Function:
-        parameters = inspect.signature(function, eval_str=True).parameters
-        if any(p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters.values()):
+        signature = inspect.signature(function, eval_str=True).parameters
+        if any(p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in signature.values()):
             raise TypeError(f"the handler of {job_type!r} must have named parameters only")
-        HANDLERS[job_type] = Handler(function, parameters, inspect.iscoroutinefunction(function))
+        doc = (inspect.getdoc(function) or "").partition("\n")[0]
+        parameters = {name: _parameter(p) for name, p in signature.items()}
+        HANDLERS[job_type] = Handler(function, doc, parameters, inspect.iscoroutinefunction(function))
         return function
 
     return register
@@ -395,13 +407,17 @@ NOT_YET = object()
 
 
 class RedisConnection:
-    """A connection to Redis on which Trio does the waiting. It connects when first used, and again."""
+    """A connection to Redis on which Trio does the waiting. It connects when first used, and again.
+
+    `watch` ends an exchange that lasts too long: a cancel scope for each would cost a seventh of all time.
+    """
 
     def __init__(self, url: str) -> None:
         timeouts = {"socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
         never = Retry(NoBackoff(), 0)  # who may try again is not for the connection to say
         self._pool = redis.ConnectionPool.from_url(url, protocol=2, retry=never, **timeouts)
         self._connection: Any = None
+        self._deadline = math.inf  # of the exchange under way
 
     async def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands and receive their replies; a refusal is a ResponseError among them.
@@ -409,25 +425,33 @@ class RedisConnection:
         Raises redis.ConnectionError or TimeoutError; then nobody knows which were carried out.
         """
         replies: list[Any] = []
+        self._deadline = trio.current_time() + REPLY_SECONDS
         try:
-            with trio.CancelScope(deadline=trio.current_time() + REPLY_SECONDS) as patience:
-                if self._connection is None:
-                    await self._connect()
-                await self._send(b"".join([hiredis.pack_command(cast(Any, command)) for command in commands]))
-                while len(replies) < len(commands):
-                    if (reply := self._reader.gets()) is NOT_YET:
-                        await self._receive()
-                    else:
-                        replies.append(reply)
-            if patience.cancelled_caught:
-                raise redis.TimeoutError(f"no reply within {REPLY_SECONDS:g} s")
+            if self._connection is None:
+                await self._connect()
+            await self._send(b"".join([hiredis.pack_command(cast(Any, command)) for command in commands]))
+            while len(replies) < len(commands):
+                if (reply := self._reader.gets()) is NOT_YET:
+                    await self._receive()
+                else:
+                    replies.append(reply)
+        except (trio.TooSlowError, trio.ClosedResourceError):
+            raise redis.TimeoutError(f"no reply within {REPLY_SECONDS:g} s") from None
         except OSError as error:
             raise redis.ConnectionError(str(error)) from None
         finally:
+            self._deadline = math.inf
             if len(replies) < len(commands) and self._connection is not None:
                 self._connection.disconnect()
                 self._connection = None
         return replies
+
+    async def watch(self) -> None:
+        """End the exchange that is under way when its time is up, for ever."""
+        while True:
+            await trio.sleep(REPLY_SECONDS / 16)
+            if self._connection is not None and trio.current_time() >= self._deadline:
+                trio.lowlevel.notify_closing(self._socket)  # a ClosedResourceError for who waits for it
 
     async def message(self) -> Any:
         """The next message of a channel, however long it takes."""
@@ -456,7 +480,8 @@ class RedisConnection:
     async def _connect(self) -> None:
         """TLS, names, passwords and databases are redis-py's business."""
         connection: Any = self._pool.connection_class(**self._pool.connection_kwargs)
-        await trio.to_thread.run_sync(connection.connect, abandon_on_cancel=True)
+        with trio.fail_at(self._deadline):
+            await trio.to_thread.run_sync(connection.connect, abandon_on_cancel=True)
         self._socket: socket.socket = connection._sock
         self._socket.setblocking(False)
         self._reader = hiredis.Reader(redis.ConnectionError, _refusal, "utf-8", "replace", NOT_YET)
@@ -591,7 +616,7 @@ local function claim(token, lease)  -- a Claim; false without a token, or when t
       held[3] = held[3] + 1
       redis.call('HSET', job, 'status', 'processing', 'attempts', held[3], 'token', token, 'started_at', now)
       redis.call('ZADD', P .. 'processing', now + lease, id)
-      return {id, unpack(held)}
+      return {redis.call('LLEN', P .. 'queue'), id, unpack(held)}
     end
     id = redis.call('RPOP', P .. 'queue')  -- somebody deleted the job
   end
@@ -883,9 +908,9 @@ def _milliseconds(seconds: float) -> int:
     return math.ceil(seconds * 1000)
 
 
-def _claim(token: str, reply: list[str]) -> Claim:
-    job_id, job_type, payload, attempts, max_retries, timeout = reply
-    return Claim(token, job_id, job_type, payload, int(attempts), int(max_retries), float(timeout))
+def _claim(token: str, reply: list[Any]) -> Claim:
+    behind, job_id, job_type, payload, attempts, max_retries, timeout = reply
+    return Claim(token, behind, job_id, job_type, payload, int(attempts), int(max_retries), float(timeout))
 
 
 # ── Workers ─────────────────────────────────────────────────────────────────────────────────────
@@ -905,7 +930,8 @@ class Bell:
     def ring(self, jobs: float = math.inf) -> None:
         """Wake as many workers as there are jobs."""
         self.rings += 1
-        self._sleepers.unpark(count=jobs)
+        if self._sleepers:
+            self._sleepers.unpark(count=jobs)
 
     async def wait(self, rings: int) -> None:
         """Wait for the next ring, but not if there was one since `rings` was read."""
@@ -913,11 +939,16 @@ class Bell:
             await self._sleepers.park()
 
 
-class Run(NamedTuple):
-    """A job being run here, and the scope that it is run in."""
+@dataclass(slots=True)
+class Run:
+    """A job being run here."""
 
     claim: Claim
-    scope: trio.CancelScope
+    scope: trio.CancelScope  # to cancel it by
+    begun: float  # on Trio's clock, like the deadline
+    deadline: float
+    result: str | None = None  # as JSON
+    error: str = ""
 
 
 class Crew:
@@ -940,8 +971,9 @@ class Crew:
     def stop(self, grace: float) -> None:
         """Claim nothing more, and cancel in `grace` seconds what still runs then."""
         self.deadline = trio.current_time() + grace
-        for scope in [self.requests, *(run.scope for run in self.runs.values())]:
-            scope.deadline = min(scope.deadline, self.deadline)
+        self.requests.deadline = self.deadline
+        for run in self.runs.values():
+            run.scope.deadline = run.deadline = min(run.deadline, self.deadline)
         self.stopping.set()
         self.bell.ring()
         for job_id in self.awaited:
@@ -985,6 +1017,7 @@ class Crew:
                     self._announce(outcome.claim.id)
                 outcome = None
             if claim:
+                self.bell.ring(claim.behind)
                 return claim
             self.tokens.discard(token)
             if token:
@@ -997,45 +1030,58 @@ class Crew:
         self.tokens.add(token)
         return token
 
-    async def run(self, claim: Claim) -> Outcome | None:
-        """Run a job once; None if it lost its lease meanwhile. Whatever it raises is a failed attempt."""
-        begun = trio.current_time()
-        scope = trio.CancelScope(deadline=min(begun + claim.timeout, self.deadline))
-        self.runs[claim.token] = Run(claim, scope)
+    def begin(self, claim: Claim, scope: trio.CancelScope) -> Run:
+        """Take note of a run in this scope: now its lease is extended, and its time is limited."""
+        now = trio.current_time()
+        run = Run(claim, scope, now, deadline=min(now + claim.timeout, self.deadline))
+        if run.deadline < now + 2 * TICK_SECONDS:
+            scope.deadline = run.deadline
+        self.runs[claim.token] = run
         current_job.set(claim.id)
         log.info("%s, attempt %d of %d", claim.job_type, claim.attempts, claim.max_retries + 1)
-        outcome = None
-        error = f"timed out after {claim.timeout:g} s"
-        try:
-            with scope:
-                if claim.job_type not in HANDLERS:
-                    raise LookupError(f"there is no handler for {claim.job_type!r} here")
-                result = await HANDLERS[claim.job_type](from_json(claim.payload)[0])
-                outcome = Outcome(claim, "complete", (to_json(result),))
-        except Exception as raised:  # here, and nowhere else: a handler may raise anything
-            log.debug("the traceback", exc_info=raised)
-            if not scope.cancel_called:
-                error = _describe(raised)
+        return run
+
+    def end(self, run: Run) -> Outcome | None:
+        """What becomes of the job now; None if its lease was lost meanwhile."""
+        claim, scope, error = run.claim, run.scope, run.error
+        if scope.deadline < math.inf:
+            scope.deadline = math.inf
         self.ran.add(claim.job_type)
-        took = trio.current_time() - begun
+        took = trio.current_time() - run.begun
+        outcome = None
         if self.runs.pop(claim.token, None) is None:
             self.tokens.discard(claim.token)
-            outcome = None
             log.warning("%s cancelled after %.3f s: its lease was lost", claim.job_type, took)
-        elif outcome:
+        elif run.result is not None:
+            outcome = Outcome(claim, "complete", (run.result,))
             log.info("%s completed after %.3f s", claim.job_type, took)
         elif scope.cancel_called and trio.current_time() >= self.deadline:
-            log.warning("%s cancelled after %.3f s by the shutdown: it will run again", claim.job_type, took)
             outcome = Outcome(claim, "release")
-        elif claim.attempts > claim.max_retries:
-            log.warning("%s failed for good after %.3f s: %s", claim.job_type, took, error)
-            outcome = Outcome(claim, "fail", (error,))
+            log.warning("%s cancelled after %.3f s by the shutdown: it will run again", claim.job_type, took)
         else:
-            delay = backoff(claim.attempts, self.settings.retry_delay_seconds)
-            log.warning("%s failed after %.3f s, again in %.1f s: %s", claim.job_type, took, delay, error)
-            outcome = Outcome(claim, "retry", (error, _milliseconds(delay)))
+            if scope.cancel_called:
+                error = f"timed out after {claim.timeout:g} s"
+            if claim.attempts > claim.max_retries:
+                outcome = Outcome(claim, "fail", (error,))
+                log.warning("%s failed for good after %.3f s: %s", claim.job_type, took, error)
+            else:
+                delay = backoff(claim.attempts, self.settings.retry_delay_seconds)
+                outcome = Outcome(claim, "retry", (error, _milliseconds(delay)))
+                log.warning("%s failed after %.3f s, again in %.1f s: %s", claim.job_type, took, delay, error)
         current_job.set("")
         return outcome
+
+
+async def run_handler(run: Run) -> None:
+    """Run a job once. Whatever it raises is a failed attempt; of its cancellation the caller takes care."""
+    job_type, payload = run.claim.job_type, json.loads(run.claim.payload)
+    try:
+        if job_type not in HANDLERS:
+            raise LookupError(f"there is no handler for {job_type!r} here")
+        run.result = to_json(await HANDLERS[job_type](payload))
+    except* Exception as raised:  # here, and nowhere else: a handler may raise anything
+        log.debug("the traceback", exc_info=raised)
+        run.error = _describe(raised)
 
 
 def _describe(error: BaseException) -> str:
@@ -1045,10 +1091,22 @@ def _describe(error: BaseException) -> str:
 
 
 async def work(crew: Crew) -> None:
-    """A worker: claim, run, report, until the crew is stopping."""
+    """A worker: claim, run, report, until the crew is stopping.
+
+    To enter a cancel scope takes as long as a small job. So one serves for many, until it is cancelled.
+    """
     outcome = None
-    while claim := await crew.next(outcome):
-        outcome = await crew.run(claim)
+    while True:
+        with trio.CancelScope() as scope:
+            while not scope.cancel_called:
+                claim = await crew.next(outcome)
+                if claim is None:
+                    return
+                run = crew.begin(claim, scope)
+                await run_handler(run)
+                outcome = crew.end(run)
+        if scope.cancelled_caught:
+            outcome = crew.end(run)
 
 
 async def upkeep(crew: Crew) -> None:
@@ -1077,9 +1135,14 @@ async def upkeep(crew: Crew) -> None:
         await trio.sleep(wait)
 
 
-async def watch_event_loop(crew: Crew) -> None:
-    """Name the handlers that may have blocked the event loop, whenever it stood still for half a lease."""
+async def keep_time(crew: Crew) -> None:
+    """Twice a second, let Trio know when the runs must end, so that `begin` need not: that takes a while.
+
+    And whenever the event loop stood still for half a lease, name the handlers that may have blocked it.
+    """
     while True:
+        for run in crew.runs.values():
+            run.scope.deadline = run.deadline
         crew.ran.clear()
         wake_at = trio.current_time() + TICK_SECONDS
         await trio.sleep_until(wake_at)
@@ -1095,7 +1158,7 @@ async def listen(connection: RedisConnection, channel: str, bell: Bell) -> None:
         try:
             await connection.exchange([("SUBSCRIBE", channel)])
             while await connection.message():
-                bell.ring()
+                bell.ring(1)
         except (redis.RedisError, OSError):
             await trio.sleep(AGAIN_SECONDS)
 
@@ -1146,7 +1209,10 @@ def parse_job(body: Any, settings: Settings) -> NewJob:
         raise http.BadRequest(f"job_type must be one of: {', '.join(HANDLERS)}")
     if not isinstance(payload, dict):
         raise http.BadRequest("payload must be an object")
-    text = _payload_text(payload)
+    try:
+        text = to_json(payload)
+    except (ValueError, RecursionError) as error:
+        raise http.BadRequest(f"payload cannot be kept: {error}") from None
     try:
         HANDLERS[job_type].check(payload)
     except ValueError as error:
@@ -1183,17 +1249,6 @@ def parse_key(header: str | None, body: Any) -> tuple[str, str]:
     texts = (header.strip('"'), json.dumps(body, sort_keys=True))
     key, fingerprint = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
     return key, fingerprint
-
-
-def _payload_text(payload: Any) -> str:
-    try:
-        text = json.dumps(payload, allow_nan=False, ensure_ascii=False)
-        text.encode()
-    except UnicodeEncodeError:
-        raise http.BadRequest("payload has half a surrogate pair, which is not a character") from None
-    except (ValueError, RecursionError):
-        raise http.BadRequest("payload has a number that is too large, or is nested too deeply") from None
-    return text
 
 
 def _amount(name: str, value: Any) -> Any:
@@ -1284,10 +1339,10 @@ def create_app(crew: Crew) -> QuartTrio:
                 raise http.Unauthorized(
                     "send the header Authorization: Bearer, with the API token", www_authenticate=BEARER
                 )
-        elif settings.host in LOOPBACK and re.sub(r":\d+$", "", request.host) not in LOOPBACK:
-            raise http.Forbidden(
-                f"{request.host[:80]!r} is not a name of this server; to use another, set API_TOKEN"
-            )
+        elif settings.host in LOOPBACK:
+            name = request.headers.get("Host", "")[:80]
+            if re.sub(r":\d+$", "", name) not in LOOPBACK:
+                raise http.Forbidden(f"{name!r} is not a name of this server; to use another, set API_TOKEN")
 
     def wants_page() -> bool:
         best = request.accept_mimetypes.best_match(["application/json", "text/html"])
@@ -1300,10 +1355,10 @@ def create_app(crew: Crew) -> QuartTrio:
         body = parse_json(cast(bytes, await request.get_data()))
         jobs = parse_jobs(body, settings)
         key, fingerprint = parse_key(request.headers.get("Idempotency-Key"), body)
+        crew.bell.ring(len(jobs))  # before it is done: so the claim goes to Redis right behind the job
         ids = await store.submit(jobs, key, fingerprint)
         if ids is None:
             raise http.UnprocessableEntity("this Idempotency-Key was used for another request")
-        crew.bell.ring(len(jobs))
         if isinstance(body, list):
             return answer(json.dumps([{"id": job_id} for job_id in ids]) + "\n", 202)
         return answer(f'{{"id": "{ids[0]}"}}\n', 202, {"Location": f"/job/{ids[0]}"})
@@ -1359,8 +1414,7 @@ def create_app(crew: Crew) -> QuartTrio:
     async def live_page() -> Response:
         """The page: it holds no jobs, its script asks for them. And it can load nothing from elsewhere."""
         nonce = secrets.token_urlsafe(16)
-        handlers = {job_type: handler.describe() for job_type, handler in HANDLERS.items()}
-        text = await render_template("jobs.html", nonce=nonce, handlers=handlers)
+        text = await render_template("jobs.html", nonce=nonce, handlers=HANDLERS)
         policy = (
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
             "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -1405,20 +1459,23 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     4. the last commands reach Redis.
     """
     url = settings.redis_url
-    carriers = [RedisConnection(url).exchange for _ in range(CONNECTIONS)] if url else [memory()]
-    pipeline = AutoPipeline(*carriers)
+    connections = [RedisConnection(url) for _ in range(CONNECTIONS)] if url else []
+    pipeline = AutoPipeline(*([connection.exchange for connection in connections] if url else [memory()]))
     store = Store(pipeline)
     crew = Crew(store, settings)
     app = create_app(crew)
     async with trio.open_nursery() as talking:
         talking.start_soon(pipeline.run)
+        for connection in connections:
+            talking.start_soon(connection.watch)
         async with trio.open_nursery() as tending:
             await tending.start(stop_on_signal, crew)
             tending.start_soon(upkeep, crew)
-            tending.start_soon(watch_event_loop, crew)
+            tending.start_soon(keep_time, crew)
             if url:
-                connection = RedisConnection(url)
-                tending.start_soon(listen, connection, f"{store.prefix}wake", crew.bell)
+                subscriber = RedisConnection(url)
+                tending.start_soon(subscriber.watch)
+                tending.start_soon(listen, subscriber, f"{store.prefix}wake", crew.bell)
             async with trio.open_nursery() as working:
                 working.start_soon(end_after_a_crash, crew)
                 address = await working.start(serve_http, app, listener, crew)

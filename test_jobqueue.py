@@ -342,12 +342,13 @@ async def test_a_reply_larger_than_any_buffer_arrives_whole(redis_server: RedisS
 
 
 async def test_redis_frozen_is_a_timeout_and_then_a_new_connection(
-    own_redis: Callable[..., RedisServer], monkeypatch: pytest.MonkeyPatch
+    own_redis: Callable[..., RedisServer], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = own_redis()
     connection = RedisConnection(server.url)
     assert await connection.exchange([("SET", "a", 1)]) == ["OK"]
     monkeypatch.setattr(jobqueue, "REPLY_SECONDS", 0.05)
+    nursery.start_soon(connection.watch)
     server.send_signal(signal.SIGSTOP)
     with pytest.raises(redis.TimeoutError):
         await connection.exchange([("GET", "a")])
@@ -374,8 +375,10 @@ async def test_a_wrong_password_is_a_connection_error_that_says_so(
 LEASE = 15.0
 
 
-def new_job(delay: float = 0, max_retries: int = 3, payload: str = '{"a": 1, "b": 2}') -> NewJob:
-    return NewJob(str(uuid.uuid4()), "math", payload, max_retries, 60.0, delay)
+def new_job(
+    delay: float = 0, max_retries: int = 3, payload: str = '{"a": 1, "b": 2}', timeout: float = 60.0
+) -> NewJob:
+    return NewJob(str(uuid.uuid4()), "math", payload, max_retries, timeout, delay)
 
 
 async def submitted(bench: Bench, count: int = 1, **options: Any) -> list[str]:
@@ -427,7 +430,7 @@ async def test_a_submission_sent_twice_changes_nothing(bench: Bench) -> None:
 async def test_a_claim_moves_the_job_to_processing_and_counts_an_attempt(bench: Bench) -> None:
     [job_id] = await submitted(bench)
     claimed = await claim(bench, "i:1")
-    assert claimed == Claim("i:1", job_id, "math", '{"a": 1, "b": 2}', 1, 3, 60.0)
+    assert claimed == Claim("i:1", 0, job_id, "math", '{"a": 1, "b": 2}', 1, 3, 60.0)
     assert bench.places() == {"processing": [job_id]}
     assert bench.client.zscore("{jobqueue}:processing", job_id) == (bench.now + LEASE) * 1000
     assert bench.job(job_id)["status"] == "processing"
@@ -757,6 +760,7 @@ async def run_crew(bench: Bench, nursery: trio.Nursery, workers: int = 1, **sett
     for _ in range(workers):
         nursery.start_soon(jobqueue.work, crew)
     nursery.start_soon(jobqueue.upkeep, crew)
+    nursery.start_soon(jobqueue.keep_time, crew)
     await wait_all_tasks_blocked()
     return crew
 
@@ -823,22 +827,97 @@ async def test_a_job_that_fails_once_completes_in_its_second_attempt(
     assert (job["status"], job["result"], job["attempts"]) == ("completed", '"ok"', "2")
 
 
+@pytest.mark.parametrize("seconds", [0.1, 1.3, 60])
 async def test_a_run_longer_than_its_timeout_is_cancelled_and_is_a_failed_attempt(
-    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register, seconds: float
 ) -> None:
-    record: list[str] = []
+    record: list[float] = []
 
     @handler("slow")
     async def slow() -> None:
+        begun = trio.current_time()
         try:
             await trio.sleep(3600)
         finally:
-            record.append("unwound")
+            record.append(trio.current_time() - begun)
 
     crew = await run_crew(memory_bench, nursery)
-    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "slow", max_retries=0))
+    job_id = await submit_typed(memory_bench, crew, "slow", max_retries=0, timeout=seconds)
+    job = await finished(memory_bench, job_id)
+    assert (job["status"], job["error"]) == ("failed", f"timed out after {seconds:g} s")
+    assert record == [pytest.approx(seconds)]
+
+
+async def test_after_a_cancelled_run_the_worker_goes_on_and_after_others_it_has_no_deadline(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
+) -> None:
+    @handler("nap")
+    async def nap(seconds: float) -> float:
+        await trio.sleep(seconds)
+        return seconds
+
+    @handler("stubborn")
+    async def stubborn() -> str:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(10)
+        return "done"
+
+    crew = await run_crew(memory_bench, nursery)
+    for job_type, payload, status in [
+        ("nap", '{"seconds": 4}', "completed"),
+        ("nap", '{"seconds": 6}', "failed"),
+        ("stubborn", "{}", "completed"),
+        ("nap", '{"seconds": 0.1}', "completed"),
+        ("nap", '{"seconds": 6}', "failed"),
+        ("nap", '{"seconds": 4}', "completed"),
+    ]:
+        options = {"max_retries": 0, "timeout": 5}
+        job = await finished(
+            memory_bench, await submit_typed(memory_bench, crew, job_type, payload, **options)
+        )
+        assert (job["status"], "error" in job) == (status, status == "failed")
+        await trio.sleep(20)
+
+
+async def test_what_a_handler_raises_beside_its_cancellation_stops_no_worker(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
+) -> None:
+    @handler("untidy")
+    async def untidy() -> None:
+        async def child() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise KeyError("while unwinding")
+
+        async with trio.open_nursery() as children:
+            children.start_soon(child)
+            children.start_soon(trio.sleep_forever)
+
+    crew = await run_crew(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "untidy", max_retries=0))
     assert (job["status"], job["error"]) == ("failed", "timed out after 60 s")
-    assert record == ["unwound"]
+    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "math", '{"a": 1, "b": 1}'))
+    assert job["result"] == "2"
+
+
+async def test_a_worker_that_finds_more_jobs_wakes_as_many_others(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
+) -> None:
+    present = 0
+
+    @handler("meet")
+    async def meet() -> None:
+        nonlocal present
+        present += 1
+        await trio.sleep(0.1)
+
+    crew = await run_crew(memory_bench, nursery, workers=5)
+    jobs = [new_job(payload="{}")._replace(job_type="meet") for _ in range(4)]
+    await memory_bench.store.submit(jobs)
+    crew.bell.ring(1)
+    await trio.sleep(0.05)
+    assert present == 4
 
 
 @pytest.mark.parametrize("result", [{1, 2}, math.nan, object()])
@@ -1108,7 +1187,7 @@ def amounts(name: str) -> list[Any]:
         (b'{"job_type": "math", "payload": {"a": Infinity, "b": 1}}', "Infinity"),
         (b'{"job_type": "math", "payload": {"a": 1, "b": 1}, "delay": -Infinity}', "-Infinity"),
         (b'{"job_type": "math", "payload": {"a": 1, "b": 1}, "timeout": 1e999}', "timeout"),
-        (b'{"job_type": "math", "payload": {"a": 1e999, "b": 1}}', "too large"),
+        (b'{"job_type": "math", "payload": {"a": 1e999, "b": 1}}', "Out of range"),
         (b'{"job_type": "math", "payload": {"a": "\\ud800", "b": 1}}', "surrogate"),
         (b'{"job_type": "\\ud800", "payload": {}}', "job_type"),
         (b'{"\\ud800": 1}', "not a field"),
