@@ -51,7 +51,7 @@ import types
 import typing
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -202,6 +202,7 @@ def _json_time(milliseconds: str) -> str:
 
 
 _encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+_decode = json.JSONDecoder().raw_decode  # the quick way, for what was encoded here
 
 
 def to_json(value: Any) -> str:
@@ -460,12 +461,11 @@ class RedisConnection:
         return reply
 
     async def _receive(self) -> None:
-        while True:
-            try:
-                data = self._socket.recv(65_536)
-                break
-            except (BlockingIOError, ssl.SSLWantReadError):
-                await trio.lowlevel.wait_readable(self._socket)
+        data = None
+        while data is None:
+            await trio.lowlevel.wait_readable(self._socket)
+            with suppress(BlockingIOError, ssl.SSLWantReadError):
+                data = self._socket.recv(65_536)  # more than a TLS record: nothing stays behind in OpenSSL
         if not data:
             raise redis.ConnectionError("Redis closed the connection")
         self._reader.feed(data)
@@ -521,10 +521,9 @@ class AutoPipeline:
 
     def __init__(self, *carriers: Carrier) -> None:
         self._carriers = carriers
-        self._idle = len(carriers)
+        self._idle: list[trio.lowlevel.Task] = []  # those of the carriers
         self._commands: list[Command] = []
         self._callers: list[trio.lowlevel.Task] = []  # of those commands
-        self._called = trio.lowlevel.ParkingLot()
         self._away = False
 
     async def call(self, *command: str | int) -> Any:
@@ -536,7 +535,8 @@ class AutoPipeline:
         await trio.lowlevel.checkpoint_if_cancelled()
         self._commands.append(command)
         self._callers.append(trio.lowlevel.current_task())
-        self._called.unpark()
+        if len(self._commands) == 1:
+            self._wake_carrier()
         reply = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
         if isinstance(reply, Exception):
             raise reply
@@ -548,15 +548,25 @@ class AutoPipeline:
             for carrier in self._carriers:
                 nursery.start_soon(self._carry, carrier)
 
+    def _wake_carrier(self) -> None:
+        if self._commands and self._idle:
+            trio.lowlevel.reschedule(self._idle.pop())
+
     async def _carry(self, carrier: Carrier) -> None:
+        task = trio.lowlevel.current_task()
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self._idle.remove(task)
+            return trio.lowlevel.Abort.SUCCEEDED
+
         while True:
             while not self._commands:
-                await self._called.park()
-            share = -(-len(self._commands) // self._idle)
+                self._idle.append(task)
+                await trio.lowlevel.wait_task_rescheduled(abort)
+            share = -(-len(self._commands) // (1 + len(self._idle)))
             commands, self._commands = self._commands[:share], self._commands[share:]
             callers, self._callers = self._callers[:share], self._callers[share:]
-            self._called.unpark()  # for the rest, if there is any
-            self._idle -= 1
+            self._wake_carrier()  # for the rest, if there is any
             try:
                 replies = await carrier(commands)
                 self._note(None)
@@ -567,7 +577,6 @@ class AutoPipeline:
                 replies = [type(error)(*error.args) for _ in callers]
             for caller, reply in zip(callers, replies, strict=True):
                 trio.lowlevel.reschedule(caller, result_of.Value(reply))
-            self._idle += 1
 
     def _note(self, error: redis.RedisError | None) -> None:
         if error and not self._away:
@@ -1074,7 +1083,7 @@ class Crew:
 
 async def run_handler(run: Run) -> None:
     """Run a job once. Whatever it raises is a failed attempt; of its cancellation the caller takes care."""
-    job_type, payload = run.claim.job_type, json.loads(run.claim.payload)
+    job_type, payload = run.claim.job_type, _decode(run.claim.payload)[0]
     try:
         if job_type not in HANDLERS:
             raise LookupError(f"there is no handler for {job_type!r} here")
