@@ -23,6 +23,7 @@ import pytest
 import redis
 import trio
 import trio.testing
+import trustme
 
 import jobqueue
 from jobqueue import AutoPipeline, Carrier, Command, RedisConnection, Store
@@ -113,6 +114,15 @@ def own_redis(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
     yield start
     for server in servers:
         server.kill()
+
+
+@pytest.fixture
+def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> trustme.CA:
+    """A certificate authority, in `ca.pem`, that programs of this test trust."""
+    made = trustme.CA()
+    made.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    return made
 
 
 def memory_carrier(client: fakeredis.FakeRedis) -> Carrier:

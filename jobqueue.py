@@ -783,6 +783,14 @@ SCRIPTS = {
           counts[#counts + 1] = redis.call('ZCARD', P .. place)
         end
         return {next_cursor, ids, jobs, counts}""",
+    # id … → those of the jobs that have ended, or are unknown
+    "ended": """
+        local ended = {}
+        for _, id in ipairs(ARGV) do
+          local status = redis.call('HGET', P .. 'job:' .. id, 'status')
+          if status ~= 'pending' and status ~= 'processing' then ended[#ended + 1] = id end
+        end
+        return ended""",
     # id → the status that it had; nothing for an unknown job. What waits or runs fails; its worker will see.
     "cancel": """
         local job = P .. 'job:' .. ARGV[1]
@@ -897,6 +905,10 @@ class Store:
         status = await self._run("cancel", job_id)
         return Status(status) if status else None
 
+    async def ended(self, job_ids: Iterable[str]) -> list[str]:
+        """Those of the jobs that have ended, or are unknown."""
+        return list(await self._run("ended", *job_ids))
+
     async def get(self, job_id: str) -> tuple[Status, str] | None:
         """The status of a job and all of it as JSON; None if it is unknown."""
         values = await self._pipeline.call("HMGET", f"{self.prefix}job:{job_id}", "status", *FIELDS)
@@ -975,7 +987,7 @@ class Crew:
         self.tokens: set[str] = set()  # on their way to Redis, or in use there
         self.runs: dict[str, Run] = {}  # by token; who is no longer in here has lost his lease
         self.ran: set[str] = set()  # types of the jobs that ended in the last tick
-        self.awaited: dict[str, set[trio.Event]] = {}  # by job id: what is set when it ends here
+        self.awaited: dict[str, set[trio.Event]] = {}  # by job id: what is set when it ends
 
     def stop(self, grace: float) -> None:
         """Claim nothing more, and cancel in `grace` seconds what still runs then."""
@@ -986,11 +998,11 @@ class Crew:
         self.stopping.set()
         self.bell.ring()
         for job_id in self.awaited:
-            self._announce(job_id)
+            self.announce(job_id)
 
     @contextmanager
     def awaiting(self, job_id: str) -> Iterator[trio.Event]:
-        """An event for the end of a job, if that comes in this process, and for the crew's stopping."""
+        """An event for the end of a job, which comes at once if it ends here, and for the crew's stopping."""
         event = trio.Event()
         self.awaited.setdefault(job_id, set()).add(event)
         try:
@@ -1000,7 +1012,8 @@ class Crew:
             if not self.awaited[job_id]:
                 del self.awaited[job_id]
 
-    def _announce(self, job_id: str) -> None:
+    def announce(self, job_id: str) -> None:
+        """Wake who waits for the end of a job."""
         for event in self.awaited.get(job_id, ()):
             event.set()
 
@@ -1023,7 +1036,7 @@ class Crew:
                 if not accepted:
                     log.warning("job %s: reported too late, its lease was lost", outcome.claim.id)
                 elif outcome.transition in ("complete", "fail"):
-                    self._announce(outcome.claim.id)
+                    self.announce(outcome.claim.id)
                 outcome = None
             if claim:
                 self.bell.ring(claim.behind)
@@ -1119,7 +1132,7 @@ async def work(crew: Crew) -> None:
 
 
 async def upkeep(crew: Crew) -> None:
-    """Extend the leases of what runs here, then sweep, twice a second."""
+    """Twice a second, extend the leases of what runs here, sweep, and look for the ends of awaited jobs."""
     lease_seconds = crew.settings.lease_seconds
     pause = min(TICK_SECONDS, lease_seconds / 4)
     calm_at = math.inf
@@ -1129,6 +1142,7 @@ async def upkeep(crew: Crew) -> None:
             lost = await crew.store.extend(crew.instance, crew.claims, crew.tokens, lease_seconds)
             end_leases = trio.current_time() >= calm_at
             found = await crew.store.sweep(crew.settings.retention_seconds, end_leases)
+            ended = await crew.store.ended(crew.awaited) if crew.awaited else []
         except redis.RedisError:
             calm_at = math.inf  # others were cut off too: do not end their leases before they can extend them
         else:
@@ -1138,6 +1152,8 @@ async def upkeep(crew: Crew) -> None:
                     runs[token].scope.cancel()
             for job_id, status in found.ended:
                 log.warning("job %s: its worker is gone, its lease ended; it is %s", job_id, status)
+            for job_id in ended:
+                crew.announce(job_id)
             if found.ready:
                 crew.bell.ring(found.ready)
             wait = min(pause, found.wait)
@@ -1185,7 +1201,6 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 BEARER = WWWAuthenticate("bearer", {"realm": "jobqueue"})
 CHUNK = 200  # jobs fetched at a time for a list without a limit
 WAIT_MOST = 30  # seconds, with ?wait=
-LOOK_AGAIN_SECONDS = 0.5  # how often a waiting request looks, for a job that ends in another process
 
 
 def parse_json(body: bytes) -> Any:
@@ -1374,18 +1389,16 @@ def create_app(crew: Crew) -> QuartTrio:
 
     @app.get("/job/<job_id>")
     async def show(job_id: str) -> Response:
-        give_up = trio.current_time() + parse_wait(request.args)
+        wait = parse_wait(request.args)
         with crew.awaiting(job_id) as ended:
-            while True:
-                found = await store.get(job_id)
-                if found is None:
-                    raise http.NotFound(f"there is no job {job_id[:80]!r}, or no more")
-                status, text = found
-                left = give_up - trio.current_time()
-                if left <= 0 or status in ENDED or crew.stopping.is_set():
-                    return answer(text + "\n")
-                with trio.move_on_after(min(left, LOOK_AGAIN_SECONDS)):
+            found = await store.get(job_id)
+            if wait and found and found[0] not in ENDED and not crew.stopping.is_set():
+                with trio.move_on_after(wait):
                     await ended.wait()
+                found = await store.get(job_id)
+        if found is None:
+            raise http.NotFound(f"there is no job {job_id[:80]!r}, or no more")
+        return answer(found[1] + "\n")
 
     @app.delete("/job/<job_id>")
     async def cancel(job_id: str) -> Response:

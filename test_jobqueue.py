@@ -8,7 +8,9 @@ import logging
 import math
 import os
 import signal
+import smtplib
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -22,7 +24,9 @@ import fakeredis
 import pytest
 import redis
 import trio
+import trustme
 from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import AuthResult
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import jobqueue
@@ -368,6 +372,35 @@ async def test_a_wrong_password_is_a_connection_error_that_says_so(
     with pytest.raises(redis.ConnectionError, match="invalid username-password"):
         await wrong.exchange([("PING",)])
     server.client.connection_pool.connection_kwargs["password"] = "secret"
+
+
+async def test_redis_is_spoken_to_over_tls_if_its_certificate_is_trusted(
+    own_redis: Callable[..., RedisServer],
+    authority: trustme.CA,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "redis.pem")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = f"--tls-port {port} --tls-auth-clients no --tls-ca-cert-file {tmp_path / 'ca.pem'}"
+    own_redis(
+        *options.split(), *f"--tls-cert-file {tmp_path}/redis.pem --tls-key-file {tmp_path}/redis.pem".split()
+    )
+    url = f"rediss://127.0.0.1:{port}?ssl_ca_certs="
+    connection = RedisConnection(url + str(tmp_path / "ca.pem"))
+    text = "ä" * 3_000_000
+    for _ in range(3):
+        assert await connection.exchange([("SET", "a", text), ("GET", "a"), ("PING",)]) == [
+            "OK",
+            text,
+            "PONG",
+        ]
+    monkeypatch.delenv("SSL_CERT_FILE")
+    trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
+    with pytest.raises(redis.ConnectionError, match="certificate"):
+        await RedisConnection(url + str(tmp_path / "other.pem")).exchange([("PING",)])
 
 
 # ── Store: each test on fakeredis and on a real Redis ───────────────────────────────────────────
@@ -1419,6 +1452,7 @@ async def test_a_wait_sees_within_half_a_second_a_job_that_ends_elsewhere(
     other = Crew(api.bench.store, Settings())
     _, answer = await api.post({"job_type": "long", "payload": {"seconds": 3.25}})
     nursery.start_soon(jobqueue.work, other)
+    nursery.start_soon(jobqueue.upkeep, api.crew)
     _, job = await api.get(f"/job/{answer['id']}?wait=30")
     assert job["status"] == "completed"
     assert 3.25 <= trio.current_time() <= 3.75
@@ -1551,15 +1585,28 @@ class Mailbox:
 
 
 @pytest.fixture
-def mailbox(handler: Register) -> Iterator[Mailbox]:
-    box = Mailbox()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = Controller(box, hostname="127.0.0.1", port=port)
-    server.start()
-    jobqueue.send_email_through(f"smtp://127.0.0.1:{port}", "queue@example.com")
-    yield box
-    server.stop()
+def smtp_server() -> Iterator[Callable[..., tuple[Mailbox, str]]]:
+    """Starts an SMTP server: what it receives, and its address."""
+    servers: list[Controller] = []
+
+    def start(**options: Any) -> tuple[Mailbox, str]:
+        box = Mailbox()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        servers.append(Controller(box, hostname="127.0.0.1", port=port, **options))
+        servers[-1].start()
+        return box, f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def mailbox(handler: Register, smtp_server: Callable[..., tuple[Mailbox, str]]) -> Mailbox:
+    box, address = smtp_server()
+    jobqueue.send_email_through(f"smtp://{address}", "queue@example.com")
+    return box
 
 
 EMAIL = {"to": "user@example.com", "subject": "Hellö", "body": "Welcome!\n"}
@@ -1589,6 +1636,37 @@ async def test_a_refusal_of_the_smtp_server_is_the_error_of_the_job(
     with crew.awaiting(job_id) as ended:
         await ended.wait()
     assert "no such mailbox" in bench.job(job_id)["error"]
+
+
+@pytest.mark.parametrize("scheme", ["smtp", "smtps"])
+async def test_email_goes_over_tls_with_user_and_password_and_to_nobody_else(
+    handler: Register,
+    smtp_server: Callable[..., tuple[Mailbox, str]],
+    authority: trustme.CA,
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+) -> None:
+    def authenticate(_s: Any, _x: Any, _e: Any, _m: str, data: Any) -> AuthResult:
+        right = (data.login, data.password) == (b"me@example.com", b"p:ss/word")
+        return AuthResult(success=right, handled=False)
+
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    options: dict[str, Any] = {"tls_context": tls, "require_starttls": True, "auth_required": True}
+    if scheme == "smtps":
+        options = {"ssl_context": tls, "auth_require_tls": False}
+    box, address = smtp_server(authenticator=authenticate, **options)
+    jobqueue.send_email_through(f"{scheme}://me%40example.com:p%3Ass%2Fword@{address}", "queue@example.com")
+    await HANDLERS["email"](EMAIL)
+    assert len(box.messages) == 1
+    jobqueue.send_email_through(f"{scheme}://me%40example.com:wrong@{address}", "queue@example.com")
+    with pytest.raises(smtplib.SMTPAuthenticationError):
+        await HANDLERS["email"](EMAIL)
+    monkeypatch.delenv("SSL_CERT_FILE")
+    jobqueue.send_email_through(f"{scheme}://me%40example.com:p%3Ass%2Fword@{address}", "queue@example.com")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await HANDLERS["email"](EMAIL)
+    assert len(box.messages) == 1
 
 
 # ── The program as a whole ──────────────────────────────────────────────────────────────────────
