@@ -136,15 +136,12 @@ class Settings:
         for f in fields(cls):
             default = f"{f.default:.12g}" if isinstance(f.default, float) else f.default or "unset"
             text = f"{f.metadata['meaning']} ({f.name.upper()}, default: {default})"
-            parser.add_argument(f"--{f.name.replace('_', '-')}", metavar="VALUE", help=text)
-        flags = vars(parser.parse_args(argv))
-        values: dict[str, Any] = {}
+            flag, variable = f"--{f.name.replace('_', '-')}", environ.get(f.name.upper(), "")
+            parser.add_argument(flag, metavar="VALUE", default=variable, help=text)
+        texts = {name: text for name, text in vars(parser.parse_args(argv)).items() if text}
         try:
-            for f in fields(cls):
-                text = environ.get(f.name.upper(), "") if flags[f.name] is None else flags[f.name]
-                if text:
-                    values[f.name] = _convert(f.name.upper(), type(f.default), text)
-            return cls(**values)
+            kinds = {f.name: type(f.default) for f in fields(cls)}
+            return cls(**{name: _convert(name.upper(), kinds[name], text) for name, text in texts.items()})
         except ValueError as error:
             parser.exit(2, f"jobqueue.py: {error}\n")
 
