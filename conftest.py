@@ -153,12 +153,15 @@ class Bench:
         self.store = Store(self.pipeline, clock=self.CLOCK)
         self.follow_trio = False
         self.away = False  # whether Redis cannot be reached
+        self.refuses = ""  # what it says to every command
         self.now = 1_000_000.0
         self.move(0)
 
     async def _carry(self, commands: Any) -> list[Any]:
         if self.away:
             raise redis.ConnectionError("away")
+        if self.refuses:
+            return [redis.ResponseError(self.refuses) for _ in commands]
         if self.follow_trio:
             self.client.set(PREFIX + "clock", int((1_000_000 + trio.current_time()) * 1000))
         return await self.carrier(commands)

@@ -6,10 +6,11 @@ The promise
 
         POST /job ──► queue ───claim───► processing ──complete──► completed
                       ▲   ▲                │  │  │
-                  due │   └────release─────┘  │  └─────fail─────► failed
+                  due │   └─release, sweep─┘  │  └─fail, cancel─► failed
                     delayed ◄─────retry───────┘
 
-    A shutdown releases what it cannot finish; so does the sweep when a worker died and its lease ended.
+    A shutdown releases what it cannot finish. The sweep takes back what was left by a worker that died,
+    once its lease ended. A POST with a delay leads to `delayed`, and a cancel ends what waits, too.
 
 The keys, all behind the prefix `{jobqueue}:` (the braces keep them in one slot of a Redis Cluster)
     job:<id>           hash         the job itself: FIELDS, and the token of its last claim
@@ -24,7 +25,7 @@ The keys, all behind the prefix `{jobqueue}:` (the braces keep them in one slot 
 To read it
     From top to bottom; each part uses only parts above it. Settings and Jobs are the words of the
     language, Handlers the work itself. AutoPipeline is where Trio meets Redis. Store has one small Lua
-    script for each arrow above. Workers claim, run and report. HTTP is the three endpoints; and `serve`,
+    script for each transition. Workers claim, run and report. HTTP is the three endpoints; and `serve`,
     at the end, is the tree of nurseries that starts it all and stops it in the right order.
 """
 
@@ -47,11 +48,12 @@ import socket
 import ssl
 import sys
 import threading
+import traceback
 import types
 import typing
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -60,6 +62,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import unquote, urlencode, urlsplit
+from weakref import WeakValueDictionary
 
 import hiredis
 import hypercorn
@@ -85,6 +88,9 @@ current_job: ContextVar[str] = ContextVar("current_job", default="")  # the id o
 
 def _setting(default: Any, meaning: str, low: float = 0, high: float = math.inf) -> Any:
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
+
+
+SMTP_URL = r"smtps?://([^/@]*@)?(\[[0-9a-f:.]+\]|[^/@:]+)(:[0-9]{1,5})?$"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +123,13 @@ class Settings:
                 raise ValueError(f"{f.name.upper()} must be from {low:,} to {high:,}, not {value}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ValueError(f"LOG_LEVEL must be debug, info, warning or error, not {self.log_level!r}")
-        if self.smtp_url and not re.match(r"smtps?://[^/]+$", self.smtp_url):
+        if self.smtp_url and not re.match(SMTP_URL, self.smtp_url):
             raise ValueError("SMTP_URL must be smtp://[user:password@]host[:port], or smtps://")
         if self.redis_url:
             try:
-                redis.Redis.from_url(self.redis_url)
-            except ValueError as error:
+                pool = redis.ConnectionPool.from_url(self.redis_url)
+                pool.connection_class(**pool.connection_kwargs)
+            except (ValueError, TypeError, redis.RedisError) as error:
                 raise ValueError(f"REDIS_URL: {error}") from None
 
     @classmethod
@@ -389,9 +396,10 @@ async def long(seconds: float = 2) -> None:
 #
 # redis-py's asyncio client does not run on Trio, and its blocking client would stop the event loop. The
 # naive answer, a thread for each command, costs more than the command itself. So redis-py opens the
-# connection, once, in a thread; then the socket is Trio's. And one task owns it: while a round trip is
-# under way the commands of all other tasks gather, and the next one carries them all. Under load the
-# batches grow by themselves.
+# connection, in a thread; then the socket is Trio's. And one task owns it, a carrier: while its round trip
+# is under way the commands of all other tasks gather, and the next one carries them all. Under load the
+# batches grow by themselves. There are two carriers, so that one batch is in Redis while the replies to
+# the other are worked on: whoever finds both idle takes half, and leaves the rest to the other.
 #
 # A command that was handed over is never abandoned: its caller cannot be cancelled before the reply is
 # there. Otherwise a claim could take a job out of the queue for a worker that is already gone.
@@ -399,7 +407,7 @@ async def long(seconds: float = 2) -> None:
 Command = tuple[str | int, ...]
 Carrier = Callable[[Sequence[Command]], Awaitable[list[Any]]]
 
-CONNECTIONS = 2  # so that one batch is in Redis while the replies to the other are worked on
+CONNECTIONS = 2  # each with its carrier; a third makes the batches too small
 REPLY_SECONDS = 4.0  # longest wait for Redis, connecting included; so the API answers 503 within 6 s
 NOT_YET = object()
 
@@ -407,7 +415,8 @@ NOT_YET = object()
 class RedisConnection:
     """A connection to Redis on which Trio does the waiting. It connects when first used, and again.
 
-    `watch` ends an exchange that lasts too long: a cancel scope for each would cost a seventh of all time.
+    `watch` looks after it, in a task of its own: a cancel scope for each exchange would cost a seventh of
+    all time.
     """
 
     def __init__(self, url: str) -> None:
@@ -435,21 +444,31 @@ class RedisConnection:
                     replies.append(reply)
         except (trio.TooSlowError, trio.ClosedResourceError):
             raise redis.TimeoutError(f"no reply within {REPLY_SECONDS:g} s") from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # which is what an impossible host name gives
             raise redis.ConnectionError(str(error)) from None
         finally:
             self._deadline = math.inf
-            if len(replies) < len(commands) and self._connection is not None:
-                self._connection.disconnect()
-                self._connection = None
+            if len(replies) < len(commands):
+                self._hang_up()
         return replies
 
     async def watch(self) -> None:
-        """End the exchange that is under way when its time is up, for ever."""
+        """Always end an exchange when its time is up; hang up, between two, when Redis did."""
         while True:
             await trio.sleep(REPLY_SECONDS / 16)
-            if self._connection is not None and trio.current_time() >= self._deadline:
+            if self._connection is None:
+                continue
+            if self._deadline <= trio.current_time():
                 trio.lowlevel.notify_closing(self._socket)  # a ClosedResourceError for who waits for it
+            elif self._deadline == math.inf:
+                with suppress(BlockingIOError):  # which means that it stands
+                    if not socket.socket.recv(self._socket, 1, socket.MSG_PEEK):
+                        self._hang_up()
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.disconnect()
+            self._connection = None
 
     async def message(self) -> Any:
         """The next message of a channel, however long it takes."""
@@ -572,6 +591,11 @@ class AutoPipeline:
                 # What came meanwhile shares the fate: it must not wait for another time-out.
                 callers, self._callers, self._commands = callers + self._callers, [], []
                 replies = [type(error)(*error.args) for _ in callers]
+            except BaseException:  # a bug, or the end: nobody may wait for ever
+                for caller in callers + self._callers:
+                    trio.lowlevel.reschedule(caller, result_of.Value(redis.ConnectionError("it ended")))
+                self._callers, self._commands = [], []
+                raise
             for caller, reply in zip(callers, replies, strict=True):
                 trio.lowlevel.reschedule(caller, result_of.Value(reply))
 
@@ -611,6 +635,11 @@ local function take_back(id, attempts)  -- from a worker, whose late report will
   redis.call('HDEL', P .. 'job:' .. id, 'token')
   redis.call('HSET', P .. 'job:' .. id, 'status', 'pending', 'attempts', attempts)
   push('RPUSH', id)
+end
+
+local function finish(id, status, field, value)
+  redis.call('HSET', P .. 'job:' .. id, 'status', status, field, value, 'finished_at', now)
+  redis.call('ZADD', P .. status, now, id)
 end
 
 local function claim(token, lease)  -- a Claim; false without a token, or when the queue is empty
@@ -677,16 +706,11 @@ SCRIPTS = {
     # Reports, → whether it was accepted, and the next Claim or nothing. ARGV[5]: the result
     "complete": """
         return report(function(id, job, held)
-          redis.call('HSET', job, 'status', 'completed', 'result', ARGV[5], 'finished_at', now)
           if held[4] then redis.call('HDEL', job, 'error') end
-          redis.call('ZADD', P .. 'completed', now, id)
+          finish(id, 'completed', 'result', ARGV[5])
         end)""",
     # … the error
-    "fail": """
-        return report(function(id, job)
-          redis.call('HSET', job, 'status', 'failed', 'error', ARGV[5], 'finished_at', now)
-          redis.call('ZADD', P .. 'failed', now, id)
-        end)""",
+    "fail": "return report(function(id) finish(id, 'failed', 'error', ARGV[5]) end)",
     # … the error, delay in ms
     "retry": """
         return report(function(id, job)
@@ -732,9 +756,8 @@ SCRIPTS = {
             ended[#ended + 1] = {id, 'pending'}
           elseif held[1] then
             redis.call('HDEL', job, 'token')
-            redis.call('HSET', job, 'status', 'failed', 'finished_at', now,
-              'error', 'the worker died, or was silent for longer than its lease, in each attempt')
-            redis.call('ZADD', P .. 'failed', now, id)
+            finish(id, 'failed', 'error',
+              'the worker died, or was silent for longer than its lease, in each attempt')
             ended[#ended + 1] = {id, 'failed'}
           end
         end
@@ -796,8 +819,7 @@ SCRIPTS = {
           for _, place in ipairs({'processing', 'delayed'}) do redis.call('ZREM', P .. place, ARGV[1]) end
           if status == 'pending' then redis.call('LREM', P .. 'queue', -1, ARGV[1]) end
           redis.call('HDEL', job, 'token')
-          redis.call('HSET', job, 'status', 'failed', 'error', 'cancelled', 'finished_at', now)
-          redis.call('ZADD', P .. 'failed', now, ARGV[1])
+          finish(ARGV[1], 'failed', 'error', 'cancelled')
         end
         return status""",
 }
@@ -828,7 +850,7 @@ class Page(NamedTuple):
 
 
 class Store:
-    """The state of all jobs. Every method is one script, and may be called again when its reply was lost.
+    """The state of all jobs. Every method is one atomic step; when its reply was lost, take it again.
 
     All raise redis.RedisError: ConnectionError or TimeoutError when Redis is away, ResponseError when it
     refuses. `clock` is Lua that sets `now`, in milliseconds; tests bring their own.
@@ -837,17 +859,19 @@ class Store:
     def __init__(self, pipeline: AutoPipeline, prefix: str = "{jobqueue}:", clock: str = LUA_CLOCK) -> None:
         self._pipeline = pipeline
         self.prefix = prefix
-        self._texts, self._calls = {}, {}
-        for name, lua in SCRIPTS.items():
-            text = "\n".join([clock, LUA_COMMON, lua])
-            self._texts[name] = text
-            self._calls[name] = ("EVALSHA", hashlib.sha1(text.encode()).hexdigest(), 1, prefix)
+        self._texts = {name: "\n".join([clock, LUA_COMMON, lua]) for name, lua in SCRIPTS.items()}
+        self._calls = {
+            name: ("EVALSHA", hashlib.sha1(text.encode()).hexdigest(), 1, prefix)
+            for name, text in self._texts.items()
+        }
 
     async def _run(self, name: str, *arguments: str | int) -> Any:
         try:
             return await self._pipeline.call(*self._calls[name], *arguments)
         except redis.exceptions.NoScriptError:  # a new Redis, which did nothing
-            return await self._pipeline.call("EVAL", self._texts[name], 1, self.prefix, *arguments)
+            for text in self._texts.values():
+                await self._pipeline.call("SCRIPT", "LOAD", text)
+            return await self._pipeline.call(*self._calls[name], *arguments)
 
     async def submit(self, jobs: Sequence[NewJob], key: str = "", request: str = "") -> list[str] | None:
         """Put jobs into the queue, or into `delayed`, all or none; their ids.
@@ -936,6 +960,7 @@ def _claim(token: str, reply: list[Any]) -> Claim:
 TICK_SECONDS = 0.5  # how often leases are extended and the queue is swept
 CALM_SECONDS = 1.0  # after Redis was away, all instances get so long to extend before leases may end
 AGAIN_SECONDS = 0.2  # how long to wait before a call that failed is made again
+QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 
 
 class Bell:
@@ -947,9 +972,10 @@ class Bell:
 
     def ring(self, jobs: float = math.inf) -> None:
         """Wake as many workers as there are jobs."""
-        self.rings += 1
-        if self._sleepers:
-            self._sleepers.unpark(count=jobs)
+        if jobs:
+            self.rings += 1
+            if self._sleepers:
+                self._sleepers.unpark(count=jobs)
 
     async def wait(self, rings: int) -> None:
         """Wait for the next ring, but not if there was one since `rings` was read."""
@@ -970,7 +996,7 @@ class Run:
 
 
 class Crew:
-    """What the workers of one process share, and the two things that a worker does."""
+    """What the workers of one process share, and the steps of their work: next, begin, end."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
@@ -984,7 +1010,8 @@ class Crew:
         self.tokens: set[str] = set()  # on their way to Redis, or in use there
         self.runs: dict[str, Run] = {}  # by token; who is no longer in here has lost his lease
         self.ran: set[str] = set()  # types of the jobs that ended in the last tick
-        self.awaited: dict[str, set[trio.Event]] = {}  # by job id: what is set when it ends
+        self.ends: WeakValueDictionary[str, trio.Event] = WeakValueDictionary()  # by job id: of the awaited
+        self.quiet_until = -math.inf  # about refusals
 
     def stop(self, grace: float) -> None:
         """Claim nothing more, and cancel in `grace` seconds what still runs then."""
@@ -994,25 +1021,19 @@ class Crew:
             run.scope.deadline = run.deadline = min(run.deadline, self.deadline)
         self.stopping.set()
         self.bell.ring()
-        for job_id in self.awaited:
-            self.announce(job_id)
+        self.announce(list(self.ends))
 
-    @contextmanager
-    def awaiting(self, job_id: str) -> Iterator[trio.Event]:
-        """An event for the end of a job, which comes at once if it ends here, and for the crew's stopping."""
-        event = trio.Event()
-        self.awaited.setdefault(job_id, set()).add(event)
-        try:
-            yield event
-        finally:
-            self.awaited[job_id].discard(event)
-            if not self.awaited[job_id]:
-                del self.awaited[job_id]
+    def announce(self, job_ids: Iterable[str]) -> None:
+        """Wake who waits for the end of these jobs."""
+        for job_id in job_ids:
+            if job_id in self.ends:
+                self.ends[job_id].set()
 
-    def announce(self, job_id: str) -> None:
-        """Wake who waits for the end of a job."""
-        for event in self.awaited.get(job_id, ()):
-            event.set()
+    def refused(self, error: redis.RedisError) -> None:
+        """Log what Redis refuses, but not all the time; that it is away is for the pipeline to say."""
+        if isinstance(error, redis.ResponseError) and trio.current_time() >= self.quiet_until:
+            self.quiet_until = trio.current_time() + QUIET_SECONDS
+            log.error("Redis refused: %s", error)
 
     async def next(self, outcome: Outcome | None) -> Claim | None:
         """Report what became of the last job, until Redis has it, and claim another; None when stopping."""
@@ -1022,18 +1043,21 @@ class Crew:
             token = "" if self.stopping.is_set() else self._new_token()
             try:
                 accepted, claim = await self.store.report_and_claim(outcome, token, lease)
-            except redis.RedisError:
+            except redis.RedisError as error:
+                self.refused(error)
                 self.tokens.discard(token)  # should it hold a job, `extend` will have that released
                 if trio.current_time() >= self.deadline:
-                    return None  # the lease will end, and the job run again
+                    if outcome:
+                        log.warning("job %s: not reported, it will run again", outcome.claim.id)
+                    return None
                 await trio.sleep(AGAIN_SECONDS)
                 continue
             if outcome:
                 self.tokens.discard(outcome.claim.token)
                 if not accepted:
-                    log.warning("job %s: reported too late, its lease was lost", outcome.claim.id)
-                elif outcome.transition in ("complete", "fail"):
-                    self.announce(outcome.claim.id)
+                    log.warning("job %s: its report came too late, and was refused", outcome.claim.id)
+                elif self.ends and outcome.transition in ("complete", "fail"):
+                    self.announce([outcome.claim.id])
                 outcome = None
             if claim:
                 self.bell.ring(claim.behind)
@@ -1070,7 +1094,7 @@ class Crew:
         outcome = None
         if self.runs.pop(claim.token, None) is None:
             self.tokens.discard(claim.token)
-            log.warning("%s cancelled after %.3f s: its lease was lost", claim.job_type, took)
+            log.warning("%s cancelled after %.3f s: on request, or its lease was lost", claim.job_type, took)
         elif run.result is not None:
             outcome = Outcome(claim, "complete", (run.result,))
             log.info("%s completed after %.3f s", claim.job_type, took)
@@ -1106,7 +1130,8 @@ async def run_handler(run: Run) -> None:
 def _describe(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]  # a nursery wraps what its tasks raise
-    return f"{type(error).__name__}: {error}"[:2000].encode(errors="backslashreplace").decode()
+    text = "".join(traceback.format_exception_only(error)).strip()
+    return text[:2000].encode(errors="backslashreplace").decode()
 
 
 async def work(crew: Crew) -> None:
@@ -1139,8 +1164,9 @@ async def upkeep(crew: Crew) -> None:
             lost = await crew.store.extend(crew.instance, crew.claims, crew.tokens, lease_seconds)
             end_leases = trio.current_time() >= calm_at
             found = await crew.store.sweep(crew.settings.retention_seconds, end_leases)
-            ended = await crew.store.ended(crew.awaited) if crew.awaited else []
-        except redis.RedisError:
+            ended = await crew.store.ended(list(crew.ends)) if crew.ends else []
+        except redis.RedisError as error:
+            crew.refused(error)
             calm_at = math.inf  # others were cut off too: do not end their leases before they can extend them
         else:
             calm_at = min(calm_at, trio.current_time() + CALM_SECONDS)
@@ -1149,16 +1175,14 @@ async def upkeep(crew: Crew) -> None:
                     runs[token].scope.cancel()
             for job_id, status in found.ended:
                 log.warning("job %s: its worker is gone, its lease ended; it is %s", job_id, status)
-            for job_id in ended:
-                crew.announce(job_id)
-            if found.ready:
-                crew.bell.ring(found.ready)
+            crew.announce(ended)
+            crew.bell.ring(found.ready)
             wait = min(pause, found.wait)
         await trio.sleep(wait)
 
 
 async def keep_time(crew: Crew) -> None:
-    """Twice a second, let Trio know when the runs must end, so that `begin` need not: that takes a while.
+    """Twice a second, set the deadlines of the runs: most are over by then, and setting one is not cheap.
 
     And whenever the event loop stood still for half a lease, name the handlers that may have blocked it.
     """
@@ -1174,15 +1198,18 @@ async def keep_time(crew: Crew) -> None:
             log.error("the event loop stood still for %.1f s; handlers that ran: %s", late, names or "none")
 
 
-async def listen(connection: RedisConnection, channel: str, bell: Bell) -> None:
+async def listen(connection: RedisConnection, crew: Crew) -> None:
     """Ring the bell when any instance puts something into the empty queue."""
     while True:
         try:
-            await connection.exchange([("SUBSCRIBE", channel)])
-            while await connection.message():
-                bell.ring(1)
+            [reply] = await connection.exchange([("SUBSCRIBE", f"{crew.store.prefix}wake")])
+            while not isinstance(reply, redis.ResponseError):
+                reply = await connection.message()
+                crew.bell.ring(1)
+            crew.refused(reply)
         except (redis.RedisError, OSError):
-            await trio.sleep(AGAIN_SECONDS)
+            pass
+        await trio.sleep(AGAIN_SECONDS)
 
 
 # ── HTTP ────────────────────────────────────────────────────────────────────────────────────────
@@ -1216,6 +1243,13 @@ def parse_json(body: bytes) -> Any:
         raise http.BadRequest("the body is nested too deeply") from None
     except ValueError:  # sys.get_int_max_str_digits()
         raise http.BadRequest("the body has an integer of too many digits: at most 4,300") from None
+
+
+def _amount(name: str, value: Any) -> Any:
+    kind, kinds, low, high = AMOUNTS[name]
+    if type(value) not in kinds or not low <= value <= high:
+        raise http.BadRequest(f"{name} must be {kind} from {low:g} to {high:,}")
+    return value
 
 
 def parse_job(body: Any, settings: Settings) -> NewJob:
@@ -1272,11 +1306,30 @@ def parse_key(header: str | None, body: Any) -> tuple[str, str]:
     return key, fingerprint
 
 
-def _amount(name: str, value: Any) -> Any:
-    kind, kinds, low, high = AMOUNTS[name]
-    if type(value) not in kinds or not low <= value <= high:
-        raise http.BadRequest(f"{name} must be {kind} from {low:g} to {high:,}")
-    return value
+def parse_query(query: Mapping[str, str]) -> tuple[Status | None, str, int | None]:
+    """The status, cursor and limit that `GET /jobs` asks for; or http.BadRequest."""
+    for name in query:
+        if name not in ("status", "limit", "cursor"):
+            raise http.BadRequest(f"{name[:80]!r} is no parameter; they are: status, limit, cursor")
+    status, cursor, limit = query.get("status"), query.get("cursor", ""), query.get("limit")
+    if status is not None and status not in list(Status):
+        raise http.BadRequest(f"status must be one of: {', '.join(Status)}")
+    if cursor and not re.fullmatch(r"[0-9a-f-]{36}" if status else r"[0-9]{1,15}", cursor):
+        raise http.BadRequest(
+            "cursor must be one from a Link header, with the status that was asked for there"
+        )
+    if limit is not None and not (re.fullmatch(r"[0-9]{1,4}", limit) and 1 <= int(limit) <= PAGE_MOST):
+        raise http.BadRequest(f"limit must be a whole number from 1 to {PAGE_MOST}")
+    return Status(status) if status else None, cursor, int(limit) if limit else None
+
+
+def parse_wait(query: Mapping[str, str]) -> float:
+    """The seconds that `GET /job/<id>` is to wait; or http.BadRequest."""
+    text = query.get("wait", "0")
+    number = re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", text)
+    if query.keys() - {"wait"} or not number or float(text) > WAIT_MOST:
+        raise http.BadRequest(f"the only parameter is wait, a number of seconds from 0 to {WAIT_MOST}")
+    return float(text)
 
 
 class HTTPConnection(TrioASGIHTTPConnection):
@@ -1304,32 +1357,6 @@ class HTTPConnection(TrioASGIHTTPConnection):
             nursery.start_soon(receive_body)
             await self._send_response(send_to_client, await self.app.handle_request(request))
             nursery.cancel_scope.cancel()
-
-
-def parse_query(query: Mapping[str, str]) -> tuple[Status | None, str, int | None]:
-    """The status, cursor and limit that `GET /jobs` asks for; or http.BadRequest."""
-    for name in query:
-        if name not in ("status", "limit", "cursor"):
-            raise http.BadRequest(f"{name[:80]!r} is no parameter; they are: status, limit, cursor")
-    status, cursor, limit = query.get("status"), query.get("cursor", ""), query.get("limit")
-    if status is not None and status not in list(Status):
-        raise http.BadRequest(f"status must be one of: {', '.join(Status)}")
-    if cursor and not re.fullmatch(r"[0-9a-f-]{36}" if status else r"[0-9]{1,15}", cursor):
-        raise http.BadRequest(
-            "cursor must be one from a Link header, with the status that was asked for there"
-        )
-    if limit is not None and not (re.fullmatch(r"[0-9]{1,4}", limit) and 1 <= int(limit) <= PAGE_MOST):
-        raise http.BadRequest(f"limit must be a whole number from 1 to {PAGE_MOST}")
-    return Status(status) if status else None, cursor, int(limit) if limit else None
-
-
-def parse_wait(query: Mapping[str, str]) -> float:
-    """The seconds that `GET /job/<id>` is to wait; or http.BadRequest."""
-    text = query.get("wait", "0")
-    number = re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", text)
-    if query.keys() - {"wait"} or not number or float(text) > WAIT_MOST:
-        raise http.BadRequest(f"the only parameter is wait, a number of seconds from 0 to {WAIT_MOST}")
-    return float(text)
 
 
 def answer(
@@ -1376,7 +1403,7 @@ def create_app(crew: Crew) -> QuartTrio:
         body = parse_json(cast(bytes, await request.get_data()))
         jobs = parse_jobs(body, settings)
         key, fingerprint = parse_key(request.headers.get("Idempotency-Key"), body)
-        crew.bell.ring(len(jobs))  # before it is done: so the claim goes to Redis right behind the job
+        crew.bell.ring(len(jobs))  # now, so that the claims are close behind; if they get ahead, `wake` comes
         ids = await store.submit(jobs, key, fingerprint)
         if ids is None:
             raise http.UnprocessableEntity("this Idempotency-Key was used for another request")
@@ -1387,18 +1414,19 @@ def create_app(crew: Crew) -> QuartTrio:
     @app.get("/job/<job_id>")
     async def show(job_id: str) -> Response:
         wait = parse_wait(request.args)
-        with crew.awaiting(job_id) as ended:
+        ended = crew.ends.setdefault(job_id, trio.Event())
+        found = await store.get(job_id)
+        if wait and found and found[0] not in ENDED and not crew.stopping.is_set():
+            with trio.move_on_after(wait):
+                await ended.wait()
             found = await store.get(job_id)
-            if wait and found and found[0] not in ENDED and not crew.stopping.is_set():
-                with trio.move_on_after(wait):
-                    await ended.wait()
-                found = await store.get(job_id)
         if found is None:
             raise http.NotFound(f"there is no job {job_id[:80]!r}, or no more")
         return answer(found[1] + "\n")
 
     @app.delete("/job/<job_id>")
     async def cancel(job_id: str) -> Response:
+        parse_wait(request.args)  # refuse it before anything is done
         status = await store.cancel(job_id)
         if status in ENDED:
             raise http.Conflict(f"the job is {status} already")
@@ -1492,9 +1520,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
             tending.start_soon(upkeep, crew)
             tending.start_soon(keep_time, crew)
             if url:
-                subscriber = RedisConnection(url)
-                tending.start_soon(subscriber.watch)
-                tending.start_soon(listen, subscriber, f"{store.prefix}wake", crew.bell)
+                tending.start_soon(listen, RedisConnection(url), crew)
             async with trio.open_nursery() as working:
                 working.start_soon(end_after_a_crash, crew)
                 address = await working.start(serve_http, app, listener, crew)
@@ -1551,7 +1577,7 @@ async def end_after_a_crash(crew: Crew) -> None:
         await crew.stopping.wait()
     finally:
         if not crew.stopping.is_set():
-            end_process(1, EXIT_SECONDS)
+            end_process(1, REPLY_SECONDS + EXIT_SECONDS)
 
 
 def end_process(status: int, seconds: float) -> None:

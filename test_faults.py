@@ -274,7 +274,7 @@ def test_a_process_frozen_past_its_lease_can_change_nothing(
     other = service(redis_server.url)
     arrived(client, 2)
     frozen.process.send_signal(signal.SIGCONT)
-    eventually(lambda: frozen.logged(f"{job_id}: .* its lease was lost"))
+    eventually(lambda: frozen.logged(f"{job_id}: .* on request, or its lease was lost"))
     assert client.lrange("left", 0, -1) == ["a"]  # the frozen one's `finally` ran, the other still runs
     client.set("open:a", 1)
     job = other.ended(job_id)
@@ -291,7 +291,7 @@ def test_a_handler_that_blocks_the_event_loop_loses_its_job_and_is_named(
     other = service(redis_server.url)
     assert other.ended(job_id)["attempts"] == 2
     eventually(lambda: blocked.logged(r"the event loop stood still for \d.* block"))
-    eventually(lambda: blocked.logged(f"{job_id}: .*its lease was lost"))
+    eventually(lambda: blocked.logged(f"{job_id}: .*on request, or its lease was lost"))
     assert check(redis_server.client)[job_id]["attempts"] == "2"
 
 

@@ -69,7 +69,11 @@ def test_an_empty_variable_counts_as_unset() -> None:
         *[("PORT", value) for value in ("x", "-1", "65536", "1.5")],
         *[("WORKERS", value) for value in ("many", "-1")],
         *[("LEASE_SECONDS", value) for value in ("0", "nan", "inf", "1e9")],
-        *[("REDIS_URL", value) for value in ("localhost:6379", "http://localhost")],
+        *[("REDIS_URL", value) for value in ("localhost:6379", "http://localhost", "redis://localhost?x=1")],
+        *[
+            ("SMTP_URL", value)
+            for value in ("localhost:25", "http://x", "smtp://", "smtp://x:y", "smtp://x/y")
+        ],
         ("LOG_LEVEL", "loud"),
     ],
 )
@@ -359,6 +363,45 @@ async def test_redis_frozen_is_a_timeout_and_then_a_new_connection(
     monkeypatch.undo()
     server.send_signal(signal.SIGCONT)
     assert await connection.exchange([("GET", "a")]) == ["1"]
+
+
+async def test_between_two_exchanges_it_hangs_up_when_redis_did(
+    own_redis: Callable[..., RedisServer], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = own_redis()
+    connection = RedisConnection(server.url)
+    assert await connection.exchange([("PING",)]) == ["PONG"]
+    monkeypatch.setattr(jobqueue, "REPLY_SECONDS", 0.2)
+    nursery.start_soon(connection.watch)
+    server.kill()
+    server.start()
+    await trio.to_thread.run_sync(eventually, lambda: connection._connection is None)
+    monkeypatch.undo()
+    assert await connection.exchange([("PING",)]) == ["PONG"]
+
+
+async def test_a_host_that_cannot_be_is_a_connection_error() -> None:
+    with pytest.raises(redis.ConnectionError):
+        await RedisConnection("redis://redis..example").exchange([("PING",)])
+
+
+async def test_a_bug_in_a_carrier_is_seen_and_leaves_nobody_waiting() -> None:
+    async def broken(_commands: Any) -> list[Any]:
+        await wait_all_tasks_blocked()
+        raise KeyError("bug")
+
+    async def caller() -> None:
+        with pytest.raises(redis.ConnectionError):
+            await pipeline.call("PING")
+        record.append("told")
+
+    pipeline, record = AutoPipeline(broken), list[str]()
+    with pytest.RaisesGroup(KeyError, flatten_subgroups=True):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pipeline.run)
+            for _ in range(3):
+                nursery.start_soon(caller)
+    assert record == ["told"] * 3
 
 
 async def test_a_wrong_password_is_a_connection_error_that_says_so(
@@ -912,6 +955,34 @@ async def test_after_a_cancelled_run_the_worker_goes_on_and_after_others_it_has_
         await trio.sleep(20)
 
 
+async def test_an_error_that_cannot_be_shown_is_a_failed_attempt_all_the_same(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
+) -> None:
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    @handler("mute")
+    async def mute() -> None:
+        raise MuteError
+
+    crew = await run_crew(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "mute", max_retries=0))
+    assert "MuteError" in job["error"]
+
+
+async def test_what_redis_refuses_the_workers_is_logged_but_not_all_the_time(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory_bench.refuses = "READONLY of a replica"
+    crew = await run_crew(memory_bench, nursery, workers=3)
+    await trio.sleep(15)
+    assert caplog.text.count("Redis refused: READONLY") == 2
+    memory_bench.refuses = ""
+    job_id = await submit_typed(memory_bench, crew, "math", '{"a": 1, "b": 1}')
+    assert (await finished(memory_bench, job_id))["result"] == "2"
+
+
 async def test_what_a_handler_raises_beside_its_cancellation_stops_no_worker(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
 ) -> None:
@@ -1187,6 +1258,18 @@ async def test_a_job_is_accepted_with_its_id_and_its_address(api: Api, job: dict
     assert (shown["id"], shown["status"], shown["payload"]) == (answer["id"], "pending", job["payload"])
 
 
+async def test_the_first_job_in_memory_need_not_wait_for_a_sweep(
+    autojump_clock: MockClock, api: Api, nursery: trio.Nursery
+) -> None:
+    for task in (jobqueue.work, jobqueue.upkeep):
+        nursery.start_soon(task, api.crew)
+    await trio.sleep(0.1)
+    _, answer = await api.post(GOOD)
+    await wait_all_tasks_blocked()
+    assert (await api.get(f"/job/{answer['id']}"))[1]["status"] == "completed"
+    assert trio.current_time() < 0.5
+
+
 async def test_delay_timeout_and_max_retries_are_taken_as_given(api: Api) -> None:
     status, answer = await api.post(GOOD | {"delay": 1.5, "timeout": 0.5, "max_retries": 0})
     assert status == 202
@@ -1434,7 +1517,7 @@ async def test_a_wait_ends_when_the_time_is_up_with_the_job_as_it_is(
     begun = trio.current_time()
     status, job = await api.get(f"/job/{answer['id']}?wait=7.5")
     assert (status, job["status"], trio.current_time() - begun) == (200, "pending", 7.5)
-    assert api.crew.awaited == {}
+    assert len(api.crew.ends) == 0
 
 
 async def test_a_wait_ends_at_once_when_the_job_ends_here(
@@ -1478,6 +1561,22 @@ async def test_cancelling_a_waiting_job_ends_it_as_failed(api: Api) -> None:
         status, job = await api.get(f"/job/{answer['id']}", "DELETE")
         assert (status, job["status"], job["error"]) == (200, "failed", "cancelled")
     assert list(api.bench.places()) == ["failed"]
+
+
+async def test_a_cancel_that_is_refused_cancels_nothing(api: Api) -> None:
+    _, answer = await api.post(GOOD)
+    assert (await api.get(f"/job/{answer['id']}?now=1", "DELETE"))[0] == 400
+    assert (await api.get(f"/job/{answer['id']}"))[1]["status"] == "pending"
+
+
+def test_smtp_urls_of_all_kinds_are_taken() -> None:
+    for url in (
+        "smtp://mail",
+        "smtps://a%40b:c%2Fd@mail.example.com:465",
+        "smtp://[::1]:25",
+        "smtp://a@mail:25",
+    ):
+        assert Settings(smtp_url=url).smtp_url == url
 
 
 async def test_cancelling_a_running_job_cancels_its_handler_within_a_second(
@@ -1633,8 +1732,7 @@ async def test_a_refusal_of_the_smtp_server_is_the_error_of_the_job(
     nursery.start_soon(jobqueue.work, crew)
     payload = json.dumps(EMAIL | {"to": "nobody@example.com"})
     job_id = await submit_typed(bench, crew, "email", payload, max_retries=0)
-    with crew.awaiting(job_id) as ended:
-        await ended.wait()
+    await crew.ends.setdefault(job_id, trio.Event()).wait()
     assert "no such mailbox" in bench.job(job_id)["error"]
 
 
