@@ -571,16 +571,10 @@ class AutoPipeline:
             trio.lowlevel.reschedule(self._idle.pop())
 
     async def _carry(self, carrier: Carrier) -> None:
-        task = trio.lowlevel.current_task()
-
-        def abort(_: object) -> trio.lowlevel.Abort:
-            self._idle.remove(task)
-            return trio.lowlevel.Abort.SUCCEEDED
-
         while True:
             while not self._commands:
-                self._idle.append(task)
-                await trio.lowlevel.wait_task_rescheduled(abort)
+                self._idle.append(trio.lowlevel.current_task())
+                await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
             share = -(-len(self._commands) // (1 + len(self._idle)))
             commands, self._commands = self._commands[:share], self._commands[share:]
             callers, self._callers = self._callers[:share], self._callers[share:]

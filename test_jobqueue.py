@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from jobqueue import (
     AutoPipeline,
     Bell,
     Claim,
+    Command,
     Crew,
     NewJob,
     Outcome,
@@ -383,6 +385,27 @@ async def test_between_two_exchanges_it_hangs_up_when_redis_did(
 async def test_a_host_that_cannot_be_is_a_connection_error() -> None:
     with pytest.raises(redis.ConnectionError):
         await RedisConnection("redis://redis..example").exchange([("PING",)])
+
+
+async def test_what_one_carrier_leaves_the_other_takes(nursery: trio.Nursery) -> None:
+    async def stuck(_commands: Any) -> list[Any]:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def caller() -> None:
+        with suppress(redis.ConnectionError):  # at the end, for those who still wait
+            await pipeline.call("PING")
+            record.append("answered")
+
+    record, calls = list[str](), list[list[Command]]()
+    pipeline = AutoPipeline(stuck, record_calls(calls))
+    nursery.start_soon(pipeline.run)
+    await wait_all_tasks_blocked()
+    for _ in range(4):
+        nursery.start_soon(caller)
+    await wait_all_tasks_blocked()
+    assert (len(record), [len(batch) for batch in calls]) == (2, [2])
+    nursery.cancel_scope.cancel()
 
 
 async def test_a_bug_in_a_carrier_is_seen_and_leaves_nobody_waiting() -> None:
@@ -925,7 +948,11 @@ async def test_a_run_longer_than_its_timeout_is_cancelled_and_is_a_failed_attemp
 
 
 async def test_after_a_cancelled_run_the_worker_goes_on_and_after_others_it_has_no_deadline(
-    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
+    autojump_clock: MockClock,
+    memory_bench: Bench,
+    nursery: trio.Nursery,
+    handler: Register,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     @handler("nap")
     async def nap(seconds: float) -> float:
@@ -953,6 +980,7 @@ async def test_after_a_cancelled_run_the_worker_goes_on_and_after_others_it_has_
         )
         assert (job["status"], "error" in job) == (status, status == "failed")
         await trio.sleep(20)
+    assert caplog.text.count("cancelled") == 0
 
 
 async def test_an_error_that_cannot_be_shown_is_a_failed_attempt_all_the_same(
