@@ -60,7 +60,7 @@ def bulk(count: int, size: int) -> None:
 def work() -> None:
     """Ten jobs in hand. A round trip reports them and claims the next ten; in between they are run."""
     claim, complete = script("claim"), script("complete")
-    held: list[tuple[str, list[str]]] = []  # token, claim
+    held: list[tuple[str, list[Any]]] = []  # token, claim
     number = 0
     while True:
         pipe = client.pipeline(transaction=False)
@@ -69,7 +69,7 @@ def work() -> None:
             number += 1
             tokens.append(f"limit:{number}")
             if slot < len(held):
-                token, (job_id, _, payload, *_) = held[slot]
+                token, (_, job_id, _, payload, *_) = held[slot]
                 result = json.dumps(peer.add(**json.loads(payload)))
                 complete([PREFIX], [job_id, token, tokens[slot], LEASE_MS, result], pipe)
             else:
