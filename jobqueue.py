@@ -219,14 +219,14 @@ def to_json(value: Any) -> str:
 # What is stored of a job and shown of it, in this order, and how each is written in JSON. Payload and
 # result are JSON already: they pass through untouched, however deep they are and whatever numbers they hold.
 FIELDS: dict[str, Callable[[str], str]] = {
-    "job_type": to_json,
+    "job_type": _encode,
     "payload": str,
-    "status": to_json,
+    "status": _encode,
     "attempts": str,
     "max_retries": str,
     "timeout": str,
     "result": str,
-    "error": to_json,
+    "error": _encode,
     "created_at": _json_time,
     "due_at": _json_time,
     "started_at": _json_time,
@@ -410,6 +410,7 @@ Carrier = Callable[[Sequence[Command]], Awaitable[list[Any]]]
 CONNECTIONS = 2  # each with its carrier; a third makes the batches too small
 REPLY_SECONDS = 4.0  # longest wait for Redis, connecting included; so the API answers 503 within 6 s
 NOT_YET = object()
+CUT_OFF = redis.ConnectionError("it was cut off")
 
 
 class RedisConnection:
@@ -579,7 +580,7 @@ class AutoPipeline:
             commands, self._commands = self._commands[:share], self._commands[share:]
             callers, self._callers = self._callers[:share], self._callers[share:]
             self._wake_carrier()  # for the rest, if there is any
-            lost: redis.RedisError | None = redis.ConnectionError("it was cut off")
+            lost: redis.RedisError | None = CUT_OFF
             try:
                 replies, lost = await carrier(commands), None
             except redis.RedisError as error:
