@@ -246,8 +246,8 @@ def test_a_job_that_kills_its_process_fails_in_the_end_and_the_queue_goes_on(
     service: Start, redis_server: RedisServer
 ) -> None:
     program = service(redis_server.url)
-    job = {"job_type": "suicide", "payload": {}, "max_retries": 2, "delay": 0.1}  # not before the answer
-    job_id = program.call("POST", "/job", job)[1]["id"]
+    new = {"job_type": "suicide", "payload": {}, "max_retries": 2, "delay": 0.1}  # not before the answer
+    job_id = program.call("POST", "/job", new)[1]["id"]
     starts = 1
     while status_of(redis_server, job_id) != "failed":
         if program.process.poll() is not None:
