@@ -6,11 +6,11 @@ The promise
 
         POST /job ──► queue ───claim───► processing ──complete──► completed
                       ▲   ▲                │  │  │
-                  due │   └─release, sweep─┘  │  └─fail, cancel─► failed
+                  due │   └─release, sweep─┘  │  └──fail, sweep─► failed
                     delayed ◄─────retry───────┘
 
     A shutdown releases what it cannot finish. The sweep takes back what was left by a worker that died,
-    once its lease ended. A POST with a delay leads to `delayed`, and a cancel ends what waits, too.
+    once its lease ended. A POST with a delay leads to `delayed`; a cancel fails what waits or runs.
 
 The keys, all behind the prefix `{jobqueue}:` (the braces keep them in one slot of a Redis Cluster)
     job:<id>           hash         the job itself: FIELDS, and the token of its last claim
@@ -123,6 +123,8 @@ class Settings:
                 raise ValueError(f"{f.name.upper()} must be from {low:,} to {high:,}, not {value}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ValueError(f"LOG_LEVEL must be debug, info, warning or error, not {self.log_level!r}")
+        if not re.fullmatch("[!-~]*", self.api_token):
+            raise ValueError("API_TOKEN must be visible ASCII characters, without spaces")
         if self.smtp_url and not re.match(SMTP_URL, self.smtp_url):
             raise ValueError("SMTP_URL must be smtp://[user:password@]host[:port], or smtps://")
         if self.redis_url:
@@ -463,10 +465,11 @@ class RedisConnection:
                 self._hang_up()
 
     def _is_cut_off(self) -> bool:
-        try:
-            return not socket.socket.recv(self._socket, 1, socket.MSG_PEEK)
+        try:  # what comes unasked is the end, or that of TLS
+            socket.socket.recv(self._socket, 1, socket.MSG_PEEK)
         except OSError as error:
             return not isinstance(error, BlockingIOError)
+        return True
 
     def _hang_up(self) -> None:
         if self._connection is not None:
@@ -933,7 +936,7 @@ class Store:
     async def page(self, status: Status | None, cursor: str, limit: int) -> Page:
         """At most `limit` jobs behind the cursor, or from the newest on if it is empty.
 
-        They are ordered newest first: by submission, or with a `status` by when they came into it.
+        They are ordered newest first: by submission, or with a `status` by when they ended, or will be due.
         """
         following, ids, jobs, counts = await self._run("page", status or "", cursor, limit, *FIELDS)
         rows = zip(ids, jobs, strict=True)
@@ -1118,7 +1121,7 @@ async def run_handler(run: Run) -> None:
             raise LookupError(f"there is no handler for {job_type!r} here")
         payload, _ = _decode(run.claim.payload)
         run.result = to_json(await HANDLERS[job_type](payload))
-    except* Exception as raised:  # here, and nowhere else: a handler may raise anything
+    except* (Exception, SystemExit) as raised:  # here, and nowhere else: a handler may raise anything
         log.debug("the traceback", exc_info=raised)
         run.error = _describe(raised)
 
@@ -1480,8 +1483,7 @@ def create_app(crew: Crew) -> QuartTrio:
 
     @app.errorhandler(redis.RedisError)
     async def unavailable(error: redis.RedisError) -> Response:
-        if isinstance(error, redis.ResponseError):
-            log.error("Redis refused: %s", error)
+        crew.refused(error)
         text = f"Redis cannot serve this now: {error}"
         return answer(json.dumps({"error": text}) + "\n", 503, {"Retry-After": "1"})
 
@@ -1548,11 +1550,9 @@ async def serve_http(
     config.errorlog = logging.getLogger("hypercorn.error")
     config.include_server_header = False
     config.graceful_timeout = math.inf
+    task_status.started(f"http://{f'[{host}]' if ':' in host else host}:{port}")  # connections queue up
     with crew.requests:
-        async with trio.open_nursery() as nursery:
-            serving = partial(hypercorn.trio.serve, app, config, shutdown_trigger=crew.stopping.wait)
-            await nursery.start(serving)
-            task_status.started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        await hypercorn.trio.serve(app, config, shutdown_trigger=crew.stopping.wait)
 
 
 async def stop_on_signal(crew: Crew, *, task_status: trio.TaskStatus[None]) -> None:

@@ -75,6 +75,7 @@ def test_an_empty_variable_counts_as_unset() -> None:
             ("SMTP_URL", value)
             for value in ("localhost:25", "http://x", "smtp://", "smtp://x:y", "smtp://x/y")
         ],
+        *[("API_TOKEN", value) for value in ("two words", "schlüssel")],
         ("LOG_LEVEL", "loud"),
     ],
 )
@@ -982,6 +983,18 @@ async def test_after_a_cancelled_run_the_worker_goes_on_and_after_others_it_has_
         assert (job["status"], "error" in job) == (status, status == "failed")
         await trio.sleep(20)
     assert caplog.text.count("cancelled") == 0
+
+
+async def test_a_handler_that_exits_ends_its_attempt_and_not_the_service(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
+) -> None:
+    @handler("leave")
+    async def leave() -> None:
+        sys.exit("no such option")
+
+    crew = await run_crew(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "leave", max_retries=0))
+    assert job["error"] == "SystemExit: no such option"
 
 
 async def test_an_error_that_cannot_be_shown_is_a_failed_attempt_all_the_same(
