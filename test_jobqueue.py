@@ -31,7 +31,7 @@ from aiosmtpd.smtp import AuthResult
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import jobqueue
-from conftest import Bench, Program, RedisServer, eventually, memory_carrier, record_calls
+from conftest import MODULE, Bench, Program, RedisServer, eventually, memory_carrier, record_calls
 from jobqueue import (
     HANDLERS,
     AutoPipeline,
@@ -1828,6 +1828,19 @@ def test_the_program_runs_jobs_and_stops_cleanly(
     assert [job["id"] for job in program.call("GET", "/jobs")[1]] == [job_id]
     assert program.stop(number) == 0
     assert program.lines[-1].endswith("stopped\n")
+
+
+@pytest.mark.parametrize("grace", ["0", "20"])
+def test_a_signal_during_the_start_is_heeded_after_it(grace: str) -> None:
+    code = """if True:
+        import os, signal, jobqueue
+        signal.pthread_sigmask(signal.SIG_BLOCK, jobqueue.SIGNALS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        jobqueue.main()"""
+    command = [sys.executable, "-c", code, "--port", "0", "--shutdown-grace-seconds", grace]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=MODULE.parent)
+    assert (run.returncode, "Traceback" in run.stderr) == (0, False)
+    assert run.stderr.endswith("stopped\n")
 
 
 def test_a_running_job_is_finished_at_shutdown_and_a_waiting_one_is_kept(
