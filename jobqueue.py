@@ -1506,9 +1506,9 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     """
     url = settings.redis_url
     connections = [RedisConnection(url) for _ in range(CONNECTIONS)] if url else []
-    pipeline = AutoPipeline(*([connection.exchange for connection in connections] if url else [memory()]))
-    store = Store(pipeline)
-    crew = Crew(store, settings)
+    carriers: list[Carrier] = [connection.exchange for connection in connections] or [memory()]
+    pipeline = AutoPipeline(*carriers)
+    crew = Crew(Store(pipeline), settings)
     app = create_app(crew)
     async with trio.open_nursery() as talking:
         talking.start_soon(pipeline.run)
@@ -1522,8 +1522,9 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
                 tending.start_soon(listen, RedisConnection(url), crew)
             async with trio.open_nursery() as working:
                 working.start_soon(end_after_a_crash, crew)
-                address = await working.start(serve_http, app, listener, crew)
+                address = format_address(listener)  # it listens already: connections queue up
                 log.info("listening on %s with %d workers; %s", address, settings.workers, where(url))
+                working.start_soon(serve_http, app, listener, crew)
                 for _ in range(settings.workers):
                     working.start_soon(work, crew)
             tending.cancel_scope.cancel()
@@ -1539,18 +1540,19 @@ def where(url: str) -> str:
     return f"jobs are kept in {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-async def serve_http(
-    app: QuartTrio, listener: socket.socket, crew: Crew, *, task_status: trio.TaskStatus[str]
-) -> None:
-    """Serve until the crew is stopping; then answer what is under way, until the crew's deadline."""
+def format_address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve_http(app: QuartTrio, listener: socket.socket, crew: Crew) -> None:
+    """Serve until the crew is stopping; then answer what is under way, until the crew's deadline."""
     config = hypercorn.Config()
     config.bind = [f"fd://{listener.detach()}"]
     config.accesslog = None
     config.errorlog = logging.getLogger("hypercorn.error")
     config.include_server_header = False
     config.graceful_timeout = math.inf
-    task_status.started(f"http://{f'[{host}]' if ':' in host else host}:{port}")  # connections queue up
     with crew.requests:
         await hypercorn.trio.serve(app, config, shutdown_trigger=crew.stopping.wait)
 
