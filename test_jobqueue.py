@@ -43,6 +43,7 @@ from jobqueue import (
     RedisConnection,
     Settings,
     Status,
+    Store,
 )
 
 Register = Callable[[str], Callable[[Any], Any]]
@@ -1023,6 +1024,18 @@ async def test_what_redis_refuses_the_workers_is_logged_but_not_all_the_time(
     memory_bench.refuses = ""
     job_id = await submit_typed(memory_bench, crew, "math", '{"a": 1, "b": 1}')
     assert (await finished(memory_bench, job_id))["result"] == "2"
+
+
+async def test_who_may_not_listen_for_work_is_told_so(
+    own_redis: Callable[..., RedisServer], nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = own_redis()
+    server.client.execute_command("ACL", "SETUSER", "default", "resetchannels")
+    connection = RedisConnection(server.url)
+    crew = Crew(Store(AutoPipeline(connection.exchange)), Settings())
+    nursery.start_soon(jobqueue.listen, connection, crew)
+    await trio.to_thread.run_sync(eventually, lambda: "Redis refused" in caplog.text)
+    nursery.cancel_scope.cancel()
 
 
 async def test_what_a_handler_raises_beside_its_cancellation_stops_no_worker(
