@@ -1030,7 +1030,7 @@ async def test_who_may_not_listen_for_work_is_told_so(
     own_redis: Callable[..., RedisServer], nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = own_redis()
-    server.client.execute_command("ACL", "SETUSER", "default", "resetchannels")
+    server.client.acl_setuser("default", enabled=True, nopass=True, reset_channels=True)
     connection = RedisConnection(server.url)
     crew = Crew(Store(AutoPipeline(connection.exchange)), Settings())
     nursery.start_soon(jobqueue.listen, connection, crew)
