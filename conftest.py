@@ -49,6 +49,13 @@ def eventually(look: Callable[[], Any], what: str = "") -> Any:
     return seen
 
 
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
 # ── Redis ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -57,8 +64,7 @@ class RedisServer:
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder, self.options = folder, options
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
         self.client = redis.Redis(port=self.port, decode_responses=True, socket_timeout=30)
         self.start()

@@ -265,7 +265,6 @@ JSON_TYPES = {str, int, float, bool, list, dict, types.NoneType}
 class Parameter(NamedTuple):
     """A field of a payload, as the signature of a handler has it."""
 
-    name: str
     annotation: str  # as it is written there, or empty
     kinds: set[type]  # of the values that fit; empty: all
     required: bool
@@ -314,7 +313,6 @@ def _parameter(parameter: inspect.Parameter) -> Parameter:
     if float in kinds:
         kinds.add(int)
     return Parameter(
-        parameter.name,
         "" if annotation is empty else inspect.formatannotation(annotation),
         kinds if kinds <= JSON_TYPES else set(),  # what JSON cannot tell, such as `Path`, always fits
         default is empty,

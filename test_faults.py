@@ -38,7 +38,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from conftest import PREFIX, Bench, Program, RedisServer, eventually, memory_carrier
+from conftest import PREFIX, Bench, Program, RedisServer, eventually, free_port, memory_carrier
 from jobqueue import AutoPipeline, Carrier, Claim, NewJob, Outcome, RedisConnection, Store
 
 Start = Callable[..., Program]
@@ -605,9 +605,7 @@ def test_a_second_signal_ends_the_grace(service: Start, redis_server: RedisServe
 
 
 def test_shutdown_while_waiting_for_redis_at_start(graceful: Start) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    program = graceful(f"redis://127.0.0.1:{port}")
+    program = graceful(f"redis://127.0.0.1:{free_port()}")
     eventually(lambda: program.logged("Redis is away"))
     stops(program, 1)
 

@@ -31,7 +31,7 @@ from aiosmtpd.smtp import AuthResult
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import jobqueue
-from conftest import MODULE, Bench, Program, RedisServer, eventually, memory_carrier, record_calls
+from conftest import MODULE, Bench, Program, RedisServer, eventually, free_port, memory_carrier, record_calls
 from jobqueue import (
     HANDLERS,
     AutoPipeline,
@@ -451,8 +451,7 @@ async def test_redis_is_spoken_to_over_tls_if_its_certificate_is_trusted(
 ) -> None:
     certificate = authority.issue_cert("127.0.0.1")
     certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "redis.pem")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     options = f"--tls-port {port} --tls-auth-clients no --tls-ca-cert-file {tmp_path / 'ca.pem'}"
     own_redis(
         *options.split(), *f"--tls-cert-file {tmp_path}/redis.pem --tls-key-file {tmp_path}/redis.pem".split()
@@ -1746,9 +1745,7 @@ def smtp_server() -> Iterator[Callable[..., tuple[Mailbox, str]]]:
     servers: list[Controller] = []
 
     def start(**options: Any) -> tuple[Mailbox, str]:
-        box = Mailbox()
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        box, port = Mailbox(), free_port()
         servers.append(Controller(box, hostname="127.0.0.1", port=port, **options))
         servers[-1].start()
         return box, f"127.0.0.1:{port}"

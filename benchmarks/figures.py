@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -129,11 +130,8 @@ def latency(bench: Bench, system: System) -> None:
 
 @contextlib.contextmanager
 def stamps_file() -> Iterator[Path]:
-    path = systems.temporary_file()
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile(prefix="bench-stamps-") as file:
+        yield Path(file.name)
 
 
 def read_stamps(stamps: Path) -> list[float]:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,20 +167,26 @@ class Service(System):
         return Instance(Process(command, env), port)
 
     @contextlib.contextmanager
-    def running(self, workers: int, copies: int = 1, stamps: Path | None = None) -> Iterator[list[Instance]]:
-        """Instances that answer. Raises MeasurementError unless they stop as they should."""
-        instances = []
+    def _started(self, workers: int, copies: int, stamps: Path | None = None) -> Iterator[list[Instance]]:
+        instances: list[Instance] = []
         try:
             for _ in range(copies):
                 instances.append(self.start(workers, stamps))
-            for instance in instances:
-                instance.wait()
             yield instances
             for instance in instances:
+                instance.wait()
                 instance.process.stop()
         finally:
             for instance in instances:
                 instance.process.kill()
+
+    @contextlib.contextmanager
+    def running(self, workers: int, copies: int = 1, stamps: Path | None = None) -> Iterator[list[Instance]]:
+        """Instances that answer. Raises MeasurementError unless they stop as they should."""
+        with self._started(workers, copies, stamps) as instances:
+            for instance in instances:
+                instance.wait()
+            yield instances
 
     def submit(self, way: str, count: int) -> float:
         """By HTTP. One job more is submitted before, so that all is loaded."""
@@ -196,15 +201,8 @@ class Service(System):
 
     @contextlib.contextmanager
     def working(self, setting: Setting) -> Iterator[list[Process]]:
-        instances = [self.start(setting.concurrency) for _ in range(setting.copies)]
-        try:
+        with self._started(setting.concurrency, setting.copies) as instances:
             yield [instance.process for instance in instances]
-            for instance in instances:
-                instance.wait()
-                instance.process.stop()
-        finally:
-            for instance in instances:
-                instance.process.kill()
 
     def finished(self) -> int:
         return int(self._client.zcard("{jobqueue}:completed"))
@@ -348,9 +346,3 @@ def machine(client: redis.Redis) -> dict[str, Any]:
         "redis": client.info("server")["redis_version"],
         "node": harness.run([found, "--version"], 10).strip() if found else None,
     }
-
-
-def temporary_file() -> Path:
-    descriptor, name = tempfile.mkstemp(prefix="bench-stamps-")
-    os.close(descriptor)
-    return Path(name)
