@@ -455,18 +455,19 @@ class Proxy:
     def _carry(self, source: socket.socket, sink: socket.socket, replies: bool) -> None:
         with contextlib.suppress(OSError), source, sink:
             while data := source.recv(65_536):
-                fault = self.fault if random.random() < 0.05 else ""
+                strikes = replies if self.fault in ("swallow", "cut") else not replies
+                fault = self.fault if strikes and random.random() < 0.05 else ""
                 self.faults += bool(fault)
-                if fault == "swallow" and replies:
+                if fault == "swallow":
                     continue  # the command was carried out, its reply never comes
-                if fault == "cut" and replies:
+                if fault == "cut":
                     sink.sendall(data[: len(data) // 2])
                     break
-                if fault == "drop" and not replies:
+                if fault == "drop":
                     break  # the command never arrives
                 if fault == "delay":
                     time.sleep(random.random() * 0.3)
-                if fault == "late" and not replies:
+                if fault == "late":
                     time.sleep(5)  # longer than the client waits: carried out after it gave up
                 sink.sendall(data)
             for end in (source, sink):
@@ -487,8 +488,10 @@ def test_a_bad_network_loses_no_job_and_repeats_none(
     program = service(proxy.url, "--lease-seconds", "20", DIRECT_URL=redis_server.url)
     proxy.fault = fault
     submitting = Client(lambda: program.port, pause=0)
-    eventually(lambda: proxy.faults >= (5 if fault in ("swallow", "late") else 60))
+    eventually(lambda: proxy.faults >= (3 if fault in ("swallow", "late") else 30), f"times of {fault}")
+    submitting.go_on(3)  # in spite of them
     proxy.fault = ""
+    submitting.go_on(3)
     accepted = submitting.finish()
     all_completed(redis_server.client, accepted)
     jobs = check(redis_server.client, accepted)
