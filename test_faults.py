@@ -104,25 +104,28 @@ def service(start: Start, tmp_path: Path) -> Start:
     return launch
 
 
+SNAPSHOT = """
+local function read(command, place, ...) return redis.call(command, KEYS[1] .. place, ...) end
+local jobs = {}
+for i, id in ipairs(read('ZRANGE', 'history', 0, -1)) do jobs[i] = {id, read('HGETALL', 'job:' .. id)} end
+return {jobs, #redis.call('KEYS', KEYS[1] .. 'job:*'),
+  read('LRANGE', 'queue', 0, -1), read('ZRANGE', 'delayed', 0, -1), read('ZRANGE', 'processing', 0, -1),
+  read('ZRANGE', 'completed', 0, -1), read('ZRANGE', 'failed', 0, -1)}
+"""
+
+
 def check(client: Any, ids: set[str] | None = None) -> dict[str, dict[str, str]]:
     """Every job is whole and in exactly one place, which its status names; the jobs, by id."""
-    pipe = client.pipeline()
-    pipe.lrange(PREFIX + "queue", 0, -1)
-    for place in ("delayed", "processing", "completed", "failed", "history"):
-        pipe.zrange(PREFIX + place, 0, -1)
-    queue, delayed, processing, completed, failed, history = pipe.execute()
-    places = Counter([*queue, *delayed, *processing, *completed, *failed])
+    rows, count, *members = client.eval(SNAPSHOT, 1, PREFIX)
+    jobs = {job_id: dict(zip(values[::2], values[1::2], strict=True)) for job_id, values in rows}
+    places = Counter(itertools.chain(*members))
     assert max(places.values(), default=1) == 1, [job for job, count in places.items() if count > 1]
-    assert set(places) == set(history)
-    jobs = {job_id: client.hgetall(f"{PREFIX}job:{job_id}") for job_id in history}
-    assert len(client.keys(PREFIX + "job:*")) == len(history)
-    for status, members in [
-        ("pending", [*queue, *delayed]),
-        ("processing", processing),
-        ("completed", completed),
-        ("failed", failed),
-    ]:
-        assert {jobs[job_id]["status"] for job_id in members} <= {status}
+    assert set(places) == jobs.keys()
+    assert len(jobs) == count
+    for status, place in zip(
+        ["pending", "pending", "processing", "completed", "failed"], members, strict=True
+    ):
+        assert {jobs[job_id]["status"] for job_id in place} <= {status}
     for job_id, job in jobs.items():
         assert {"job_type", "payload", "max_retries", "timeout", "created_at"} <= job.keys(), job_id
         assert int(job["attempts"]) <= int(job["max_retries"]) + 1
@@ -131,23 +134,22 @@ def check(client: Any, ids: set[str] | None = None) -> dict[str, dict[str, str]]
     return jobs
 
 
-def all_completed(client: Any, ids: set[str]) -> None:
+def all_completed(client: Any, ids: set[str]) -> dict[str, dict[str, str]]:
     """Wait until nothing is left to do; then every job is completed, and `ids` are among them."""
 
-    def idle() -> bool:
-        return not any(
-            [
-                client.llen(PREFIX + "queue"),
-                client.zcard(PREFIX + "delayed"),
-                client.zcard(PREFIX + "processing"),
-            ]
-        )
+    def ended() -> dict[str, dict[str, str]] | None:
+        pipe = client.pipeline()  # one look: a job may go back to a place that was looked at
+        pipe.llen(PREFIX + "queue")
+        pipe.zcard(PREFIX + "delayed")
+        pipe.zcard(PREFIX + "processing")
+        if any(pipe.execute()):
+            return None
+        jobs = check(client, ids)
+        return jobs if {job["status"] for job in jobs.values()} <= {"completed", "failed"} else None
 
-    eventually(idle, "all jobs are done")
-    jobs = check(client, ids)
-    assert {job["status"] for job in jobs.values()} <= {"completed"}, [
-        job for job in jobs.values() if job["status"] != "completed"
-    ]
+    jobs: dict[str, dict[str, str]] = eventually(ended, "all jobs are done")
+    assert not (failed := [job for job in jobs.values() if job["status"] == "failed"]), failed
+    return jobs
 
 
 class Client(threading.Thread):
@@ -493,8 +495,7 @@ def test_a_bad_network_loses_no_job_and_repeats_none(
     proxy.fault = ""
     submitting.go_on(3)
     accepted = submitting.finish()
-    all_completed(redis_server.client, accepted)
-    jobs = check(redis_server.client, accepted)
+    jobs = all_completed(redis_server.client, accepted)
     assert {job["attempts"] for job in jobs.values()} == {"1"}
     times = Counter(map(int, redis_server.client.lrange("appended", 0, -1)))
     assert set(times.values()) == {1}
@@ -633,8 +634,8 @@ def test_shutdowns_at_random_moments_lose_nothing_and_count_nothing(
         assert program.stop(random.choice([signal.SIGINT, signal.SIGTERM])) == 0
         program = graceful(redis_server.url)
     accepted = submitting.finish()
-    all_completed(redis_server.client, accepted)
-    assert {job["attempts"] for job in check(redis_server.client).values()} == {"1"}
+    jobs = all_completed(redis_server.client, accepted)
+    assert {job["attempts"] for job in jobs.values()} == {"1"}
     assert set(Counter(redis_server.client.lrange("appended", 0, -1)).values()) == {1}
     assert program.stop() == 0
 
