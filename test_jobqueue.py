@@ -1078,7 +1078,11 @@ async def test_a_worker_that_finds_more_jobs_wakes_as_many_others(
     assert present == 4
 
 
-@pytest.mark.parametrize("result", [{1, 2}, math.nan, object()])
+endless: list[Any] = []
+endless.append(endless)
+
+
+@pytest.mark.parametrize("result", [{1, 2}, math.nan, object(), endless])
 async def test_a_result_that_is_not_json_is_a_failed_attempt(
     autojump_clock: MockClock,
     memory_bench: Bench,
