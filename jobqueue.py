@@ -1362,7 +1362,9 @@ class HTTPConnection(TrioASGIHTTPConnection):
         request = self._create_request_from_scope(send)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive_body)
-            await self._send_response(send_to_client, await self.app.handle_request(request))
+            response = await self.app.handle_request(request)
+            with suppress(redis.RedisError):  # in mid-list: the client sees that it is cut off
+                await self._send_response(send_to_client, response)
             nursery.cancel_scope.cancel()
 
 

@@ -316,6 +316,22 @@ def test_redis_killed_under_load_loses_nothing_that_was_answered(service: Start,
     assert program.stop() == 0
 
 
+def test_a_list_that_redis_cuts_short_is_seen_to_be_incomplete(service: Start, own_redis: OwnRedis) -> None:
+    server = own_redis()
+    program = service(server.url, "--workers", "0")
+    for _ in range(20):
+        post(program.port, [{"job_type": "append", "payload": {"value": n}} for n in range(1000)])
+    request = b"GET /jobs HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with sent(program, request, buffer=4096) as connection, http.client.HTTPResponse(connection) as response:
+        response.begin()
+        server.kill()
+        eventually(lambda: program.logged("Redis is away"))
+        with pytest.raises(http.client.IncompleteRead):
+            response.read()
+    assert program.call("GET", "/jobs")[0] == 503
+    assert "Traceback" not in program.log
+
+
 @pytest.mark.parametrize("fault", ["gone", "frozen"])
 def test_redis_away_for_ten_seconds(service: Start, own_redis: OwnRedis, fault: str) -> None:
     server = own_redis(*DURABLE)
