@@ -724,7 +724,7 @@ SCRIPTS = {
         end)""",
     # … nothing more: to the front of the queue, and the attempt does not count
     "release": "return report(function(id, _, held) take_back(id, held[3] - 1) end)",
-    # instance, number of its latest claim, lease in ms, token … → those of the tokens that hold no job
+    # instance, number of its latest claim, lease in ms, token … → now, and those that hold no job
     "extend": """
         local known, lost = {}, {}
         for i = 4, #ARGV do known[ARGV[i]] = true end
@@ -741,8 +741,8 @@ SCRIPTS = {
           end
         end
         for token in pairs(known) do lost[#lost + 1] = token end
-        return lost""",
-    # most jobs to move, whether to end leases, retention in ms → how many are ready to run, ms until
+        return {now, lost}""",
+    # most jobs to move, until when to end leases, retention in ms → how many are ready to run, ms until
     # there is more to do (-1: not known of), and a list: id, new status, … of the jobs whose lease ended
     "sweep": """
         local most, ended, more = tonumber(ARGV[1]), {}, false
@@ -753,7 +753,7 @@ SCRIPTS = {
           return ids
         end
         for _, id in ipairs(due('delayed', now)) do push('LPUSH', id) end
-        for _, id in ipairs(ARGV[2] == '1' and due('processing', now) or {}) do
+        for _, id in ipairs(now <= tonumber(ARGV[2]) and due('processing', now) or {}) do
           local job = P .. 'job:' .. id
           local held = redis.call('HMGET', job, 'attempts', 'max_retries')
           if held[1] and tonumber(held[1]) <= tonumber(held[2]) then
@@ -909,20 +909,26 @@ class Store:
             accepted, claimed = 1, await self._run("claim", token, ms)
         return accepted == 1, _claim(token, claimed) if claimed else None
 
-    async def extend(self, instance: str, latest: int, tokens: Iterable[str], lease: float) -> list[str]:
-        """Let the leases of these tokens end `lease` seconds from now; those of them that hold no job.
+    async def extend(
+        self, instance: str, latest: int, tokens: Iterable[str], lease: float
+    ) -> tuple[int, list[str]]:
+        """Let the leases of these tokens end `lease` seconds from now.
 
+        The answer: Redis's time, in milliseconds, and those of the tokens that hold no job.
         Jobs that `instance` claimed up to its claim number `latest`, with a token not among these, are
         released: the reply to that claim was lost.
         """
-        return list(await self._run("extend", instance, latest, _milliseconds(lease), *tokens))
+        now, lost = await self._run("extend", instance, latest, _milliseconds(lease), *tokens)
+        return now, lost
 
-    async def sweep(self, retention: float, end_leases: bool = True, most: int = 500) -> Sweep:
+    async def sweep(self, retention: float, end_leases_by: int = 1 << 53, most: int = 500) -> Sweep:
         """Queue what is due, take back what has no living worker, delete what is older than `retention`.
 
         Each at `most` so many times; if there was more, the wait is 0. With `retention` 0 nothing is deleted.
+        When Redis's time is past `end_leases_by`, in milliseconds, nothing is taken back: a sweep that was
+        held up, as those of others who would extend their leases were, must not do that.
         """
-        arguments = (most, int(end_leases), _milliseconds(retention))
+        arguments = (most, end_leases_by, _milliseconds(retention))
         ready, wait, ended = await self._run("sweep", *arguments)
         return Sweep(ready, math.inf if wait < 0 else wait / 1000, [(id_, status) for id_, status in ended])
 
@@ -1168,9 +1174,9 @@ async def upkeep(crew: Crew) -> None:
     while True:
         runs, wait = dict(crew.runs), pause
         try:
-            lost = await crew.store.extend(crew.instance, crew.claims, crew.tokens, lease_seconds)
-            end_leases = trio.current_time() >= calm_at
-            found = await crew.store.sweep(crew.settings.retention_seconds, end_leases)
+            now, lost = await crew.store.extend(crew.instance, crew.claims, crew.tokens, lease_seconds)
+            end_leases_by = now + _milliseconds(CALM_SECONDS) if trio.current_time() >= calm_at else 0
+            found = await crew.store.sweep(crew.settings.retention_seconds, end_leases_by)
             ended = await crew.store.ended(list(crew.ends)) if crew.ends else []
         except redis.RedisError as error:
             crew.refused(error)

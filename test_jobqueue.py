@@ -655,7 +655,7 @@ async def test_extend_lets_leases_end_later(bench: Bench) -> None:
     [job_id] = await submitted(bench)
     await claim(bench, "i:1")
     bench.move(10)
-    assert await bench.store.extend("i", 1, ["i:1"], LEASE) == []
+    assert (await bench.store.extend("i", 1, ["i:1"], LEASE))[1] == []
     bench.move(10)
     assert (await bench.store.sweep(0)).ended == []
     bench.move(5)
@@ -668,7 +668,7 @@ async def test_extend_tells_which_tokens_hold_no_job(bench: Bench) -> None:
     lost = await claim(bench, "i:2")
     bench.client.delete("{jobqueue}:processing")
     bench.client.zadd("{jobqueue}:processing", {(await claim_id(bench, "i:1")): 9e15})
-    assert await bench.store.extend("i", 2, ["i:1", "i:2"], LEASE) == [lost.token]
+    assert (await bench.store.extend("i", 2, ["i:1", "i:2"], LEASE))[1] == [lost.token]
 
 
 async def claim_id(bench: Bench, token: str) -> str:
@@ -681,7 +681,7 @@ async def test_extend_releases_what_this_instance_claimed_without_knowing(bench:
     lost, _known, _others, _newer = await submitted(bench, 4)
     for token in ("i:1", "i:2", "j:1", "i:3"):
         await claim(bench, token)
-    assert await bench.store.extend("i", 2, ["i:2"], LEASE) == []
+    assert (await bench.store.extend("i", 2, ["i:2"], LEASE))[1] == []
     assert bench.places()["queue"] == [lost]
     assert len(bench.places()["processing"]) == 3
     assert (await claim(bench, "i:4")).attempts == 1
@@ -710,11 +710,15 @@ async def test_a_job_whose_lease_ends_in_every_attempt_fails(bench: Bench) -> No
     assert "worker died" in bench.job(job_id)["error"]
 
 
-async def test_a_sweep_may_leave_leases_alone(bench: Bench) -> None:
-    await submitted(bench)
+async def test_a_sweep_that_was_held_up_leaves_leases_alone(bench: Bench) -> None:
+    [job_id] = await submitted(bench)
     await claim(bench, "i:1")
+    now, _ = await bench.store.extend("j", 0, [], LEASE)
     bench.move(LEASE)
-    assert (await bench.store.sweep(0, end_leases=False)).ended == []
+    assert (await bench.store.sweep(0, end_leases_by=now + 1000)).ended == []
+    assert (await bench.store.sweep(0, end_leases_by=now + round(1000 * LEASE))).ended == [
+        (job_id, "pending")
+    ]
 
 
 async def test_a_delayed_job_is_queued_when_it_is_due_and_not_before(bench: Bench) -> None:
@@ -734,12 +738,12 @@ async def test_finished_jobs_are_deleted_after_the_retention_and_others_never(be
     await report(bench, await claim(bench, "i:2"), "fail", "E")
     await claim(bench, "i:3")
     bench.move(99)
-    await bench.store.sweep(100, end_leases=False)
+    await bench.store.sweep(100, end_leases_by=0)
     assert len(bench.places()) == 4
     bench.move(1)
-    await bench.store.sweep(0, end_leases=False)
+    await bench.store.sweep(0, end_leases_by=0)
     assert len(bench.places()) == 4
-    await bench.store.sweep(100, end_leases=False)
+    await bench.store.sweep(100, end_leases_by=0)
     assert bench.places() == {"queue": [waiting], "processing": [running]}
     assert await bench.store.get(done) is None
     assert await bench.store.get(failed) is None
@@ -908,7 +912,7 @@ async def test_a_job_that_always_fails_is_run_once_and_then_max_retries_times(
     assert (job["status"], job["error"], job["attempts"]) == ("failed", "KeyError: 'why'", "4")
     waits = [b - a for a, b in itertools.pairwise(starts)]
     for wait, longest in zip(waits, (10, 20, 40), strict=True):
-        assert longest / 2 <= wait <= longest + jobqueue.TICK_SECONDS + 0.01
+        assert longest / 2 - 0.001 <= wait <= longest + jobqueue.TICK_SECONDS + 0.01
 
 
 async def test_a_job_that_fails_once_completes_in_its_second_attempt(
@@ -1250,7 +1254,7 @@ async def test_other_instances_may_extend_their_leases_first_when_redis_is_back(
     await trio.sleep(10)
     memory_bench.away = False
     await trio.sleep(0.7)
-    assert await memory_bench.store.extend("other", 1, ["other:1"], 60) == []
+    assert (await memory_bench.store.extend("other", 1, ["other:1"], 60))[1] == []
     await trio.sleep(3)
     assert memory_bench.places() == {"processing": [job_id]}
 
@@ -1848,6 +1852,7 @@ def test_the_program_runs_jobs_and_stops_cleanly(
 def test_a_signal_during_the_start_is_heeded_after_it(grace: str) -> None:
     code = """if True:
         import os, signal, jobqueue
+        jobqueue.EXIT_SECONDS = 20  # it is to end by itself
         signal.pthread_sigmask(signal.SIG_BLOCK, jobqueue.SIGNALS)
         os.kill(os.getpid(), signal.SIGTERM)
         jobqueue.main()"""
@@ -1862,7 +1867,7 @@ def test_a_running_job_is_finished_at_shutdown_and_a_waiting_one_is_kept(
 ) -> None:
     program = start("--workers", "1", REDIS_URL=redis_server.url)
     running, waiting = program.submit("long", seconds=0.7), program.submit("math", a=1, b=2)
-    eventually(lambda: program.job(running)["status"] == "processing")
+    eventually(lambda: program.job(running)["status"] != "pending")
     assert program.stop() == 0
     again = start(REDIS_URL=redis_server.url)
     assert again.job(running)["status"] == "completed"
@@ -1914,7 +1919,7 @@ def test_jobs_are_run_by_whoever_is_free_and_a_submission_wakes_other_instances(
     worker = start("--workers", "2", REDIS_URL=redis_server.url)
     job_id = api.submit("math", a=20, b=22)
     assert api.ended(job_id)["result"] == 42
-    assert job_id in worker.log
+    eventually(lambda: job_id in worker.log)
     assert job_id not in api.log
 
 
