@@ -30,7 +30,7 @@ from jobqueue import AutoPipeline, Carrier, Command, RedisConnection, Store
 
 MODULE = Path(jobqueue.__file__)
 PREFIX = "{jobqueue}:"
-PATIENCE_SECONDS = 30.0  # for what must happen; nothing waits so long when all is well
+PATIENCE_SECONDS = 120.0  # for what must happen; nothing waits so long when all is well
 
 
 def missing(program: str) -> None:

@@ -43,6 +43,7 @@ from jobqueue import AutoPipeline, Carrier, Claim, NewJob, Outcome, RedisConnect
 
 Start = Callable[..., Program]
 OwnRedis = Callable[..., RedisServer]
+SOAK = "SOAK_ROUNDS" in os.environ  # look for what is new, too
 ROUNDS = int(os.environ.get("SOAK_ROUNDS", "30"))
 LEASE = ("--lease-seconds", "2")
 
@@ -52,6 +53,7 @@ import redis, trio
 import jobqueue
 
 client = redis.Redis.from_url(os.environ.get("DIRECT_URL") or os.environ["REDIS_URL"])
+jobqueue.EXIT_SECONDS = 3.0  # a pause of the machine must not cut a release short
 time.time = lambda clock=time.time, skew=float(os.environ.get("SKEW", "0")): clock() + skew
 
 @jobqueue.handler("append")
@@ -216,7 +218,8 @@ def test_a_job_of_a_killed_process_is_run_by_another_one(service: Start, redis_s
     client.set("open:a", 1)
     job = second.ended(job_id)
     assert (job["status"], job["attempts"], job["result"]) == ("completed", 2, str(third.process.pid))
-    assert third.logged(f"{job_id}: its worker is gone") or second.logged(f"{job_id}: its worker is gone")
+    gone = f"{job_id}: its worker is gone"
+    eventually(lambda: third.logged(gone) or second.logged(gone))
     check(client)
 
 
@@ -354,8 +357,7 @@ def test_redis_away_for_ten_seconds(service: Start, own_redis: OwnRedis, fault: 
     assert time.monotonic() - back < 20  # 2 s on a quiet machine
     assert program.ended(longer)["attempts"] == 1
     assert len([line for line in program.lines if "Redis is away" in line]) == 1
-    jobs = check(server.client)
-    assert {job["status"] for job in jobs.values()} == {"completed"}
+    all_completed(server.client, {running, again, longer})
     assert program.stop() == 0
 
 
@@ -377,7 +379,8 @@ def test_redis_out_of_memory_is_503_and_running_jobs_still_end(service: Start, o
     running = program.submit("gate", name="a")
     arrived(server.client, 1)
     for n in range(20):  # something that waits, and something that is delayed
-        program.call("POST", "/job", {"job_type": "append", "payload": {"value": n}, "delay": 2})
+        new = {"job_type": "append", "payload": {"value": n}, "delay": 2, "max_retries": 100}
+        program.call("POST", "/job", new)
     server.client.config_set("maxmemory", "1mb")
     status, answer = post(program.port, {"job_type": "append", "payload": {"value": 1}})
     assert status == 503
@@ -421,7 +424,9 @@ def test_an_instance_with_a_wrong_clock_neither_steals_nor_starves(
     service: Start, redis_server: RedisServer, skew: str
 ) -> None:
     client = redis_server.client
-    right, wrong = service(redis_server.url, "--workers", "1"), service(redis_server.url, SKEW=skew)
+    lease = ("--lease-seconds", "10")
+    right = service(redis_server.url, "--workers", "1", *lease)
+    wrong = service(redis_server.url, *lease, SKEW=skew)
     held = [right.submit("gate", name=f"g{n}") for n in range(11)]
     arrived(client, 11)  # one on the right instance, ten on the wrong one: both hold and extend
     keeps_its_lease(redis_server, held)
@@ -585,7 +590,7 @@ def test_shutdown_with_a_client_that_reads_nothing_of_a_large_answer(
 def test_shutdown_lets_ten_running_jobs_finish(service: Start, redis_server: RedisServer) -> None:
     program = service(redis_server.url)
     ids = {program.submit("long", seconds=2) for _ in range(10)}
-    eventually(lambda: redis_server.client.zcard(PREFIX + "processing") == 10)
+    eventually(lambda: not redis_server.client.llen(PREFIX + "queue"), "all are claimed")
     stops(program, 3)
     jobs = check(redis_server.client, ids)
     assert {(job["status"], job["attempts"]) for job in jobs.values()} == {("completed", "1")}
@@ -634,8 +639,8 @@ def test_shutdown_while_waiting_for_redis_at_start(graceful: Start) -> None:
 def test_shutdown_with_redis_away(graceful: Start, own_redis: OwnRedis, fault: int) -> None:
     server = own_redis()
     program = graceful(server.url)
-    program.submit("gate", name="a")
-    arrived(server.client, 1)
+    job_id = program.submit("long", seconds=600)  # not `gate`, which itself waits for Redis
+    eventually(lambda: status_of(server, job_id) == "processing")
     server.send_signal(fault)
     stops(program, GRACE + 1)
 
@@ -748,7 +753,10 @@ BODY = (
 )
 TEXT = st.text(st.characters(max_codepoint=255, exclude_categories=["Cc"]), max_size=40)  # as in a header
 MANY = hypothesis.settings(
-    max_examples=max(1000, ROUNDS * 30), deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+    max_examples=max(1000, ROUNDS * 30),
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+    derandomize=not SOAK,
 )
 
 
@@ -917,9 +925,9 @@ class StoreMachine(RuleBasedStateMachine):
     def extend(self, owner: str) -> None:
         """An owner names all that he knows; what he does not know of is taken from him."""
         known = [claim.token for claim in self.known if claim.token.startswith(owner)]
-        lost = self.do(Store.extend, owner, self.claims[owner], known, self.LEASE / 1000)
+        now, lost = self.do(Store.extend, owner, self.claims[owner], known, self.LEASE / 1000)
         holding = {job.token for job in self.jobs.values() if job.place == "processing"}
-        assert sorted(lost) == sorted(set(known) - holding)
+        assert (now, sorted(lost)) == (self.now, sorted(set(known) - holding))
         for job_id, job in self.jobs.items():
             if job.place == "processing" and job.token.startswith(owner):
                 if job.token in known:
@@ -929,7 +937,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(end_leases=st.booleans())
     def sweep(self, end_leases: bool) -> None:
-        self.do(Store.sweep, self.RETENTION / 1000, end_leases)
+        self.do(Store.sweep, self.RETENTION / 1000, self.now - (not end_leases))
         for job_id, job in list(self.jobs.items()):
             if job.place == "delayed" and job.until <= self.now:
                 self.jobs[job_id] = job._replace(place="queue")
@@ -967,6 +975,7 @@ FEW = hypothesis.settings(
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(hypothesis.HealthCheck),
+    derandomize=not SOAK,
 )
 
 

@@ -220,7 +220,7 @@ def test_the_page_shows_a_job_after_it_ran(start: Start, visit: Visit) -> None:
     cells = [cell.text for cell in page.all(f"{page.row(good)} .line > *")]
     assert cells[:3] == ["math", "completed", "1 of 1"]
     assert cells[3].endswith(" s")
-    assert cells[4].endswith(" ms")
+    assert cells[4].endswith("s")  # ms, or s on a machine that pauses
     assert page.text(f"{page.row(bad)} .status") == "failed"
     assert page.text(f"{page.row(bad)} .outcome").startswith("ValueError: invalid literal for int()")
     assert page.one(f"{page.row(good)} time").get_attribute("title") == program.job(good)["created_at"]
