@@ -18,7 +18,7 @@ The keys, all behind the prefix `{jobqueue}:` (the braces keep them in one slot 
     delayed            sorted set   ids that wait, by the time they are due (in milliseconds, like all times)
     processing         sorted set   ids being run, by the time their lease ends
     completed, failed  sorted sets  finished ids, by the time they finished
-    history            sorted set   every id, by a number that only grows: the order of submission
+    history            sorted set   every id, by a number above all others in it: the order of submission
     idempotency:<hash> string       what was answered to a submission with that key, for 24 hours
     wake               channel      a message whenever the queue stops being empty
 
@@ -52,8 +52,8 @@ import traceback
 import types
 import typing
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -67,11 +67,13 @@ from weakref import WeakValueDictionary
 import hiredis
 import hypercorn
 import hypercorn.trio
+import hypercorn.trio.run
 import outcome as result_of
 import redis
 import trio
+from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
-from quart import Response, redirect, render_template, request
+from quart import Response, has_request_context, redirect, render_template, request
 from quart.asgi import ASGIHTTPConnection
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
@@ -90,7 +92,7 @@ def _setting(default: Any, meaning: str, low: float = 0, high: float = math.inf)
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
 
 
-SMTP_URL = r"smtps?://([^/@]*@)?(\[[0-9a-f:.]+\]|[^/@:]+)(:[0-9]{1,5})?$"
+SMTP_URL = r"smtps?://([^/@?#\s]*@)?(\[[0-9a-f:.]+\]|[^/@?#\s:]+)(:[0-9]+)?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,18 +123,22 @@ class Settings:
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if not isinstance(value, str) and not low <= value <= high:
                 raise ValueError(f"{f.name.upper()} must be from {low:,} to {high:,}, not {value}")
-        if self.log_level not in ("debug", "info", "warning", "error"):
+        if self.log_level.lower() not in ("debug", "info", "warning", "error"):
             raise ValueError(f"LOG_LEVEL must be debug, info, warning or error, not {self.log_level!r}")
         if not re.fullmatch("[!-~]*", self.api_token):
             raise ValueError("API_TOKEN must be visible ASCII characters, without spaces")
-        if self.smtp_url and not re.match(SMTP_URL, self.smtp_url):
-            raise ValueError("SMTP_URL must be smtp://[user:password@]host[:port], or smtps://")
+        if self.smtp_url and not re.fullmatch(SMTP_URL, self.smtp_url):
+            raise ValueError(
+                "SMTP_URL must be smtp://[user:password@]host[:port], or smtps://, percent-encoded"
+            )
+        if not re.fullmatch(r"[^@\x00-\x1f]+@[^@\x00-\x1f]+", self.smtp_from):
+            raise ValueError(f"SMTP_FROM must be an address such as jobs@example.com, not {self.smtp_from!r}")
+        with _naming("SMTP_URL"):
+            urlsplit(self.smtp_url).port  # noqa: B018
         if self.redis_url:
-            try:
+            with _naming("REDIS_URL"):
                 pool = redis.ConnectionPool.from_url(self.redis_url)
                 pool.connection_class(**pool.connection_kwargs)
-            except (ValueError, TypeError, redis.RedisError) as error:
-                raise ValueError(f"REDIS_URL: {error}") from None
 
     @classmethod
     def read(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -153,6 +159,14 @@ class Settings:
             return cls(**{name: _convert(name.upper(), kinds[name], text) for name, text in texts.items()})
         except ValueError as error:
             parser.exit(2, f"jobqueue.py: {error}\n")
+
+
+@contextmanager
+def _naming(setting: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, redis.RedisError) as error:
+        raise ValueError(f"{setting}: {error}") from None
 
 
 def _convert(name: str, kind: type, text: str) -> Any:
@@ -386,7 +400,8 @@ def send_email_through(url: str, sender: str) -> None:
                 server.starttls(context=tls)
             if server_url.username:
                 server.login(unquote(server_url.username), unquote(server_url.password or ""))
-            server.send_message(message)
+            if refused := server.send_message(message):  # only some: a retry would send to the others again
+                log.warning("the SMTP server refused: %s", ", ".join(refused))
 
 
 @handler("math")
@@ -430,9 +445,11 @@ class RedisConnection:
     """
 
     def __init__(self, url: str) -> None:
+        pool = redis.ConnectionPool.from_url(url)
         timeouts = {"socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
         never = Retry(NoBackoff(), 0)  # who may try again is not for the connection to say
-        self._pool = redis.ConnectionPool.from_url(url, protocol=2, retry=never, **timeouts)
+        options = pool.connection_kwargs | timeouts | {"protocol": 2, "retry": never}  # not those of the URL
+        self._new_connection = partial(pool.connection_class, **options)
         self._connection: Any = None
         self._deadline = math.inf  # of the exchange under way
 
@@ -463,7 +480,7 @@ class RedisConnection:
         return replies
 
     async def watch(self) -> None:
-        """Always end an exchange when its time is up; hang up, between two, when Redis did."""
+        """End each exchange whose time is up; between exchanges, hang up once Redis has."""
         while True:
             await trio.sleep(REPLY_SECONDS / 16)
             if self._connection is not None and self._deadline <= trio.current_time():
@@ -508,7 +525,7 @@ class RedisConnection:
 
     async def _connect(self) -> None:
         """TLS, names, passwords and databases are redis-py's business."""
-        connection: Any = self._pool.connection_class(**self._pool.connection_kwargs)
+        connection: Any = self._new_connection()
         with trio.fail_at(self._deadline):
             await trio.to_thread.run_sync(connection.connect, abandon_on_cancel=True)
         self._socket: socket.socket = connection._sock
@@ -743,7 +760,7 @@ SCRIPTS = {
         for token in pairs(known) do lost[#lost + 1] = token end
         return {now, lost}""",
     # most jobs to move, until when to end leases, retention in ms → how many are ready to run, ms until
-    # there is more to do (-1: not known of), and a list: id, new status, … of the jobs whose lease ended
+    # there is more to do (-1: not known of), and the jobs whose lease ended: id, type, attempts, new status
     "sweep": """
         local most, ended, more = tonumber(ARGV[1]), {}, false
         local function due(place, time)
@@ -755,15 +772,15 @@ SCRIPTS = {
         for _, id in ipairs(due('delayed', now)) do push('LPUSH', id) end
         for _, id in ipairs(now <= tonumber(ARGV[2]) and due('processing', now) or {}) do
           local job = P .. 'job:' .. id
-          local held = redis.call('HMGET', job, 'attempts', 'max_retries')
+          local held = redis.call('HMGET', job, 'attempts', 'max_retries', 'job_type')
           if held[1] and tonumber(held[1]) <= tonumber(held[2]) then
             take_back(id, held[1])
-            ended[#ended + 1] = {id, 'pending'}
+            ended[#ended + 1] = {id, held[3], held[1], 'pending'}
           elseif held[1] then
             redis.call('HDEL', job, 'token')
             finish(id, 'failed', 'error',
               'the worker died, or was silent for longer than its lease, in each attempt')
-            ended[#ended + 1] = {id, 'failed'}
+            ended[#ended + 1] = {id, held[3], held[1], 'failed'}
           end
         end
         for _, place in ipairs(tonumber(ARGV[3]) > 0 and {'completed', 'failed'} or {}) do
@@ -777,7 +794,7 @@ SCRIPTS = {
         return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
     # status or '' for all, cursor or '', limit, field … → next cursor or '', ids, their fields, counts
     "page": """
-        local status, cursor, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
+        local status, cursor, limit = ARGV[1], ARGV[2], ARGV[3] + 1  -- one more, which tells of the next page
         local ids, next_cursor = {}, ''
         local function behind_cursor(place)  -- of a sorted set; nothing when the cursor is not in it
           local rank = cursor == '' and -1 or redis.call('ZREVRANK', P .. place, cursor)
@@ -795,11 +812,24 @@ SCRIPTS = {
               ids[#ids + 1] = id
             end
           end
+        elseif status == 'processing' then  -- by their start: there, each `extend` changes the order
+          local function start(id)
+            return (redis.call('HGET', P .. 'job:' .. id, 'started_at') or '') .. id
+          end
+          local last, starts = cursor == '' and '~' or start(cursor), {}
+          for _, id in ipairs(redis.call('ZRANGE', P .. 'processing', 0, -1)) do
+            starts[id] = start(id)
+            if starts[id] < last then ids[#ids + 1] = id end
+          end
+          table.sort(ids, function(a, b) return starts[a] > starts[b] end)
+          for i = #ids, limit + 1, -1 do ids[i] = nil end
         else
           ids = behind_cursor(status) or {}
         end
         if #ids == limit then
-          next_cursor = status == '' and redis.call('ZSCORE', P .. 'history', ids[limit]) or ids[limit]
+          ids[limit] = nil
+          next_cursor = ids[limit - 1]
+          if status == '' then next_cursor = redis.call('ZSCORE', P .. 'history', next_cursor) end
         end
         local jobs = {}
         for i, id in ipairs(ids) do jobs[i] = redis.call('HMGET', P .. 'job:' .. id, unpack(ARGV, 4)) end
@@ -843,7 +873,7 @@ class Sweep(NamedTuple):
 
     ready: int  # jobs in the queue
     wait: float  # seconds until a job is due, infinite when none is delayed
-    ended: list[tuple[str, str]]  # id and new status of the jobs whose lease had ended
+    ended: list[list[str]]  # id, type, attempts and new status of the jobs whose lease had ended
 
 
 class Page(NamedTuple):
@@ -930,7 +960,7 @@ class Store:
         """
         arguments = (most, end_leases_by, _milliseconds(retention))
         ready, wait, ended = await self._run("sweep", *arguments)
-        return Sweep(ready, math.inf if wait < 0 else wait / 1000, [(id_, status) for id_, status in ended])
+        return Sweep(ready, math.inf if wait < 0 else wait / 1000, ended)
 
     async def cancel(self, job_id: str) -> Status | None:
         """Let a job that waits or runs end as failed; the status that it had, None if it is unknown."""
@@ -949,7 +979,8 @@ class Store:
     async def page(self, status: Status | None, cursor: str, limit: int) -> Page:
         """At most `limit` jobs behind the cursor, or from the newest on if it is empty.
 
-        They are ordered newest first: by submission, or with a `status` by when they ended, or will be due.
+        They are ordered newest first: by submission, or with a `status` by when they began to run, ended, or
+        will be due.
         """
         following, ids, jobs, counts = await self._run("page", status or "", cursor, limit, *FIELDS)
         rows = zip(ids, jobs, strict=True)
@@ -1059,14 +1090,18 @@ class Crew:
                 self.tokens.discard(token)  # should it hold a job, `extend` will have that released
                 if trio.current_time() >= self.deadline:
                     if outcome:
-                        log.warning("job %s: not reported, it will run again", outcome.claim.id)
+                        log.warning(
+                            "job %s: perhaps not reported; if so, it will run again", outcome.claim.id
+                        )
                     return None
                 await trio.sleep(AGAIN_SECONDS)
                 continue
             if outcome:
                 self.tokens.discard(outcome.claim.token)
                 if not accepted:
-                    log.warning("job %s: its report came too late, and was refused", outcome.claim.id)
+                    log.warning(
+                        "job %s: its report came too late, or twice, and was refused", outcome.claim.id
+                    )
                 elif self.ends and outcome.transition in ("complete", "fail"):
                     self.announce([outcome.claim.id])
                 outcome = None
@@ -1088,7 +1123,7 @@ class Crew:
         """Take note of a run in this scope: now its lease is extended, and its time is limited."""
         now = trio.current_time()
         run = Run(claim, scope, now, deadline=min(now + claim.timeout, self.deadline))
-        if run.deadline < now + 2 * TICK_SECONDS:
+        if run.deadline < now + 2 * TICK_SECONDS:  # too soon to leave it to keep_time
             scope.deadline = run.deadline
         self.runs[claim.token] = run
         current_job.set(claim.id)
@@ -1098,6 +1133,7 @@ class Crew:
     def end(self, run: Run) -> Outcome | None:
         """What becomes of the job now; None if its lease was lost meanwhile."""
         claim, scope, error = run.claim, run.scope, run.error
+        name, number = claim.job_type, claim.attempts
         if scope.deadline < math.inf:
             scope.deadline = math.inf
         self.ran.add(claim.job_type)
@@ -1105,29 +1141,31 @@ class Crew:
         outcome = None
         if self.runs.pop(claim.token, None) is None:
             self.tokens.discard(claim.token)
-            log.warning("%s cancelled after %.3f s: on request, or its lease was lost", claim.job_type, took)
+            text = "%s, attempt %d, cancelled after %.3f s: on request, or its lease was lost"
+            log.warning(text, name, number, took)
         elif run.result is not None:
             outcome = Outcome(claim, "complete", (run.result,))
-            log.info("%s completed after %.3f s", claim.job_type, took)
+            log.info("%s, attempt %d, completed after %.3f s", name, number, took)
         elif scope.cancel_called and trio.current_time() >= self.deadline:
             outcome = Outcome(claim, "release")
-            log.warning("%s cancelled after %.3f s by the shutdown: it will run again", claim.job_type, took)
+            log.warning("%s, attempt %d, released after %.3f s by the shutdown", name, number, took)
         else:
             if scope.cancel_called:
                 error = f"timed out after {claim.timeout:g} s"
             if claim.attempts > claim.max_retries:
                 outcome = Outcome(claim, "fail", (error,))
-                log.warning("%s failed for good after %.3f s: %s", claim.job_type, took, error)
+                log.warning("%s, attempt %d, failed for good after %.3f s: %s", name, number, took, error)
             else:
                 delay = backoff(claim.attempts, self.settings.retry_delay_seconds)
                 outcome = Outcome(claim, "retry", (error, _milliseconds(delay)))
-                log.warning("%s failed after %.3f s, again in %.1f s: %s", claim.job_type, took, delay, error)
+                text = "%s, attempt %d, failed after %.3f s, again in %.1f s: %s"
+                log.warning(text, name, number, took, delay, error)
         current_job.set("")
         return outcome
 
 
 async def run_handler(run: Run) -> None:
-    """Run a job once. Whatever it raises is a failed attempt; of its cancellation the caller takes care."""
+    """Run a job once. An Exception or SystemExit is a failed attempt; the caller sees to its cancellation."""
     job_type = run.claim.job_type
     try:
         if job_type not in HANDLERS:
@@ -1186,8 +1224,8 @@ async def upkeep(crew: Crew) -> None:
             for token in runs.keys() & lost:
                 if crew.runs.pop(token, None):
                     runs[token].scope.cancel()
-            for job_id, status in found.ended:
-                log.warning("job %s: its worker is gone, its lease ended; it is %s", job_id, status)
+            for ended_job in found.ended:
+                log.warning("job %s: its worker is gone: %s, attempt %s, is %s again", *ended_job)
             crew.announce(ended)
             crew.bell.ring(found.ready)
             wait = min(pause, found.wait)
@@ -1305,16 +1343,19 @@ def parse_jobs(body: Any, settings: Settings) -> list[NewJob]:
     return jobs
 
 
-def parse_key(header: str | None, body: Any) -> tuple[str, str]:
+def parse_key(headers: Sequence[str], body: Any) -> tuple[str, str]:
     """Hashes of an Idempotency-Key, empty if there is none, and of what the request asks for.
 
     The key is a quoted string, as in draft-ietf-httpapi-idempotency-key-header, or the same without quotes.
     """
-    if header is None:
+    if not headers:
         return "", ""
-    if not re.fullmatch(r'"[!#-~]{1,255}"|[!#-~]{1,255}', header):
-        raise http.BadRequest("Idempotency-Key must be 1 to 255 visible ASCII characters, in quotes or not")
-    texts = (header.strip('"'), json.dumps(body, sort_keys=True))
+    header = ", ".join(headers)  # one, or it will not match
+    if not re.fullmatch(r'"([ !#-\[\]-~]|\\["\\]){1,255}"|[!#-~]{1,255}', header):
+        raise http.BadRequest(
+            "Idempotency-Key must be one of 1 to 255 ASCII characters; in quotes, if with spaces"
+        )
+    texts = (header[1:-1] if header[0] == '"' else header, json.dumps(body, sort_keys=True))
     key, fingerprint = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
     return key, fingerprint
 
@@ -1365,7 +1406,11 @@ class HTTPConnection(TrioASGIHTTPConnection):
             if not answered:
                 nursery.cancel_scope.cancel()
 
-        request = self._create_request_from_scope(send)
+        try:
+            request = self._create_request_from_scope(send)
+        except (IndexError, ValueError):  # as for `GET ?x`
+            await self._send_response(send, answer('{"error": "that is no address"}\n', 400))
+            return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive_body)
             response = await self.app.handle_request(request)
@@ -1383,13 +1428,15 @@ def answer(
 def create_app(crew: Crew) -> QuartTrio:
     """The REST API, and the page that shows it to people."""
     store, settings = crew.store, crew.settings
-    app = QuartTrio(__name__)
+    app = QuartTrio(__name__, static_folder=None)
     app.asgi_http_class = HTTPConnection
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
 
+    own_name = re.compile(rf"([\w-]+|[\d.]+|\[[\da-f:.]+\]|{re.escape(settings.host)})(:\d+)?", re.I | re.A)
+
     @app.before_request
     async def guard() -> None:
-        """Ask for the token; without one, serve at a loopback address only who asks for it by that name.
+        """Ask for the token; without one, serve only who asks for an address, HOST, or a name without a dot.
 
         So no other web site gets through a visitor's browser: it could send neither application/json nor
         DELETE, and read nothing, without this server's consent (CORS); and to pass for this server it would
@@ -1402,10 +1449,8 @@ def create_app(crew: Crew) -> QuartTrio:
                 raise http.Unauthorized(
                     "send the header Authorization: Bearer, with the API token", www_authenticate=BEARER
                 )
-        elif settings.host in LOOPBACK:
-            name = request.headers.get("Host", "")[:80]
-            if re.sub(r":\d+$", "", name) not in LOOPBACK:
-                raise http.Forbidden(f"{name!r} is not a name of this server; to use another, set API_TOKEN")
+        elif not own_name.fullmatch(name := request.headers.get("Host", "")):
+            raise http.Forbidden(f"{name[:80]!r} is not a name of this server; to use another, set API_TOKEN")
 
     def wants_page() -> bool:
         best = request.accept_mimetypes.best_match(["application/json", "text/html"])
@@ -1413,11 +1458,13 @@ def create_app(crew: Crew) -> QuartTrio:
 
     @app.post("/job")
     async def submit() -> Response:
+        if request.args:
+            raise http.BadRequest("POST /job has no parameters; a job's are fields of the body")
         if request.mimetype != "application/json":
             raise http.UnsupportedMediaType("the Content-Type must be application/json")
         body = parse_json(cast(bytes, await request.get_data()))
         jobs = parse_jobs(body, settings)
-        key, fingerprint = parse_key(request.headers.get("Idempotency-Key"), body)
+        key, fingerprint = parse_key(request.headers.getlist("Idempotency-Key"), body)
         crew.bell.ring(len(jobs))  # now, so that the claims are close behind; if they get ahead, `wake` comes
         ids = await store.submit(jobs, key, fingerprint)
         if ids is None:
@@ -1445,6 +1492,9 @@ def create_app(crew: Crew) -> QuartTrio:
         status = await store.cancel(job_id)
         if status in ENDED:
             raise http.Conflict(f"the job is {status} already")
+        if status:
+            log.info("job %s: cancelled on request, it was %s", job_id, status)
+            crew.announce([job_id])
         return await show(job_id)
 
     @app.get("/")
@@ -1487,7 +1537,7 @@ def create_app(crew: Crew) -> QuartTrio:
     @app.errorhandler(http.HTTPException)
     async def refuse(error: http.HTTPException) -> Response:
         text = error.description
-        if isinstance(error, http.NotFound) and request.routing_exception:
+        if isinstance(error, http.NotFound) and has_request_context() and request.routing_exception:
             text = f"there is nothing at {request.path[:80]}; try POST /job, GET /job/<id> or GET /jobs"
         elif isinstance(error, http.MethodNotAllowed):
             text = f"{request.method} is not possible here, only: {', '.join(error.valid_methods or ())}"
@@ -1508,6 +1558,7 @@ def create_app(crew: Crew) -> QuartTrio:
 # ── The service ─────────────────────────────────────────────────────────────────────────────────
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+BACKLOG = 1024  # connections that wait to be accepted
 EXIT_SECONDS = 0.8  # after the end of the grace, until the process ends in any case
 
 
@@ -1560,6 +1611,17 @@ def format_address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class Connection(TCPServer):
+    """One connection. What hypercorn cannot cope with, mostly odd HTTP/2, ends it alone, not the service."""
+
+    async def run(self) -> None:
+        try:
+            await super().run()
+        except* Exception as errors:
+            log.warning("a connection broke: %s", _describe(errors))
+            log.debug("the traceback", exc_info=errors)
+
+
 async def serve_http(app: QuartTrio, listener: socket.socket, crew: Crew) -> None:
     """Serve until the crew is stopping; then answer what is under way, until the crew's deadline."""
     config = hypercorn.Config()
@@ -1568,6 +1630,8 @@ async def serve_http(app: QuartTrio, listener: socket.socket, crew: Crew) -> Non
     config.errorlog = logging.getLogger("hypercorn.error")
     config.include_server_header = False
     config.graceful_timeout = math.inf
+    config.backlog = BACKLOG
+    hypercorn.trio.run.TCPServer = Connection  # type: ignore[attr-defined]
     with crew.requests:
         await hypercorn.trio.serve(app, config, shutdown_trigger=crew.stopping.wait)
 
@@ -1591,6 +1655,7 @@ async def end_after_a_crash(crew: Crew) -> None:
         await crew.stopping.wait()
     finally:
         if not crew.stopping.is_set():
+            log.critical("a task failed; its traceback follows when all has been unwound")
             end_process(1, REPLY_SECONDS + EXIT_SECONDS)
 
 
@@ -1608,7 +1673,8 @@ def end_process(status: int, seconds: float) -> None:
 def set_up_logging(level: str) -> None:
     """Log to stderr; what is said while a job runs, by its handler too, names the job.
 
-    What no line shows is not found out either: a third of their cost (Logging HOWTO, "Optimization").
+    Caller, thread and process are not looked up, since no line shows them: it would cost a third more
+    (Logging HOWTO, "Optimization").
     """
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -1637,7 +1703,8 @@ def main() -> None:
         log.warning("anybody who reaches %s may use this queue: set API_TOKEN", settings.host)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+        address = (settings.host.strip("[]"), settings.port)
+        listener = socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as error:
         sys.exit(f"jobqueue.py: cannot listen on {settings.host}, port {settings.port}: {error.strerror}")
     trio.run(serve, settings, listener)

@@ -29,6 +29,7 @@ import trustme
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from trio.testing import MockClock, wait_all_tasks_blocked
+from werkzeug.datastructures import Headers
 
 import jobqueue
 from conftest import MODULE, Bench, Program, RedisServer, eventually, free_port, memory_carrier, record_calls
@@ -74,8 +75,18 @@ def test_an_empty_variable_counts_as_unset() -> None:
         *[("REDIS_URL", value) for value in ("localhost:6379", "http://localhost", "redis://localhost?x=1")],
         *[
             ("SMTP_URL", value)
-            for value in ("localhost:25", "http://x", "smtp://", "smtp://x:y", "smtp://x/y")
+            for value in (
+                "localhost:25",
+                "http://x",
+                "smtp://",
+                "smtp://x:y",
+                "smtp://x/y",
+                "smtp://x:99999",
+                "smtp://[1:2]",
+                "smtp://u:p#@x",
+            )
         ],
+        *[("SMTP_FROM", value) for value in ("me", "a@b\nBcc: c@d")],
         *[("API_TOKEN", value) for value in ("two words", "schlüssel")],
         ("LOG_LEVEL", "loud"),
     ],
@@ -659,7 +670,7 @@ async def test_extend_lets_leases_end_later(bench: Bench) -> None:
     bench.move(10)
     assert (await bench.store.sweep(0)).ended == []
     bench.move(5)
-    assert (await bench.store.sweep(0)).ended == [(job_id, "pending")]
+    assert (await bench.store.sweep(0)).ended == [[job_id, "math", "1", "pending"]]
 
 
 async def test_extend_tells_which_tokens_hold_no_job(bench: Bench) -> None:
@@ -694,7 +705,7 @@ async def test_an_ended_lease_returns_the_job_to_the_front_of_the_queue(bench: B
     bench.move(LEASE - 0.001)
     assert (await bench.store.sweep(0)).ended == []
     bench.move(0.001)
-    assert (await bench.store.sweep(0)).ended == [(job_id, "pending")]
+    assert (await bench.store.sweep(0)).ended == [[job_id, "math", "1", "pending"]]
     assert bench.places() == {"queue": [job_id, waiting]}
     assert (await claim(bench, "i:2")).attempts == 2
 
@@ -704,21 +715,19 @@ async def test_a_job_whose_lease_ends_in_every_attempt_fails(bench: Bench) -> No
     for n in range(3):
         assert (await claim(bench, f"i:{n}")).attempts == n + 1
         bench.move(LEASE)
-        [(_, status)] = (await bench.store.sweep(0)).ended
+        [(_, _, _, status)] = (await bench.store.sweep(0)).ended
     assert status == Status.FAILED
     assert bench.places() == {"failed": [job_id]}
     assert "worker died" in bench.job(job_id)["error"]
 
 
 async def test_a_sweep_that_was_held_up_leaves_leases_alone(bench: Bench) -> None:
-    [job_id] = await submitted(bench)
+    await submitted(bench)
     await claim(bench, "i:1")
     now, _ = await bench.store.extend("j", 0, [], LEASE)
     bench.move(LEASE)
     assert (await bench.store.sweep(0, end_leases_by=now + 1000)).ended == []
-    assert (await bench.store.sweep(0, end_leases_by=now + round(1000 * LEASE))).ended == [
-        (job_id, "pending")
-    ]
+    assert len((await bench.store.sweep(0, end_leases_by=now + round(1000 * LEASE))).ended) == 1
 
 
 async def test_a_delayed_job_is_queued_when_it_is_due_and_not_before(bench: Bench) -> None:
@@ -792,11 +801,12 @@ async def test_pages_by_status_are_the_places_of_that_status(bench: Bench) -> No
         claimed = await claim(bench, f"i:{n}")
         if n < 4:
             await report(bench, claimed, "complete" if n % 2 else "fail", "0")
-            bench.move(1)
+        bench.move(1)
+    await bench.store.extend("i", 4, ["i:4"], 2 * LEASE)  # which must not matter
     delayed = await submitted(bench, 2, delay=60)
-    assert await listed(bench, Status.FAILED, 1) == [[ids[2]], [ids[0]], []]
+    assert await listed(bench, Status.FAILED, 1) == [[ids[2]], [ids[0]]]
     assert await listed(bench, Status.COMPLETED, 5) == [[ids[3], ids[1]]]
-    assert [set(page) for page in await listed(bench, Status.PROCESSING, 5)] == [{ids[4], ids[5]}]
+    assert await listed(bench, Status.PROCESSING, 1) == [[ids[5]], [ids[4]]]
     pending = [job_id for page in await listed(bench, Status.PENDING, 2) for job_id in page]
     assert set(pending[:2]) == set(delayed)
     assert pending[2:] == ids[:5:-1]
@@ -1448,6 +1458,8 @@ async def test_a_body_over_the_limit_is_413(api: Api) -> None:
         ("GET", "/jobs?cursor=-1", 400),
         ("GET", "/jobs?status=failed&cursor=7", 400),
         ("GET", "/jobs?state=failed", 400),
+        ("POST", "/job?wait=5", 400),
+        ("GET", "/static/x", 404),
     ],
 )
 async def test_a_bad_address_method_or_query_is_refused_in_json(
@@ -1560,12 +1572,25 @@ async def test_a_key_is_kept_for_24_hours(api: Api) -> None:
     assert 86_390 < api.bench.client.ttl(key) <= 86_400
 
 
-@pytest.mark.parametrize("key", ["", '""', '"half', "with space", "x" * 256, "ä"])
+@pytest.mark.parametrize("key", ["", '""', '"half', "with space", '"a"b"', "x" * 256, "ä"])
 async def test_a_bad_key_is_400_and_stores_nothing(api: Api, key: str) -> None:
     status, answer = await post_once(api, key, GOOD)
     assert status == 400
     assert "Idempotency-Key" in answer["error"]
     assert api.bench.places() == {}
+
+
+@pytest.mark.parametrize("key", ['"with space"', r'"with \" and \\"'])
+async def test_a_quoted_key_may_have_spaces_and_escapes(api: Api, key: str) -> None:
+    first, again = await post_once(api, key, GOOD), await post_once(api, key, GOOD)
+    assert first == again
+    assert first[0] == 202
+
+
+async def test_two_keys_are_400(api: Api) -> None:
+    headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+    response = await api.client.post("/job", json=GOOD, headers=Headers(headers))
+    assert response.status_code == 400
 
 
 @pytest.mark.parametrize("wait", ["", "-1", "31", "x", "nan", "1e1", "%D9%A3"])
@@ -1625,6 +1650,20 @@ async def test_cancelling_a_waiting_job_ends_it_as_failed(api: Api) -> None:
         status, job = await api.get(f"/job/{answer['id']}", "DELETE")
         assert (status, job["status"], job["error"]) == (200, "failed", "cancelled")
     assert list(api.bench.places()) == ["failed"]
+
+
+async def test_a_wait_ends_at_once_when_the_job_is_cancelled_here(
+    autojump_clock: MockClock, api: Api, nursery: trio.Nursery
+) -> None:
+    _, answer = await api.post(GOOD | {"delay": 60})
+
+    async def cancel() -> None:
+        await trio.sleep(2.2)
+        await api.get(f"/job/{answer['id']}", "DELETE")
+
+    nursery.start_soon(cancel)
+    _, job = await api.get(f"/job/{answer['id']}?wait=30")
+    assert (job["error"], trio.current_time()) == ("cancelled", 2.2)
 
 
 async def test_a_cancel_that_is_refused_cancels_nothing(api: Api) -> None:
@@ -1716,15 +1755,22 @@ async def test_with_the_token_all_is_as_ever_and_the_page_may_ask_for_it(api: Ap
     assert (await guarded.client.get("/jobs", headers={"Accept": "text/html"})).status_code == 200
 
 
-async def test_at_a_loopback_address_only_loopback_names_are_served(api: Api) -> None:
+@pytest.mark.parametrize("listens_at", ["127.0.0.1", "0.0.0.0", "queue.lan"])
+async def test_without_a_token_no_name_is_served_that_others_may_lead_here(api: Api, listens_at: str) -> None:
+    there = Api(api.bench, Settings(host=listens_at))
     for host, status in [
         ("localhost:8080", 200),
+        ("LOCALHOST", 200),
         ("127.0.0.1", 200),
         ("[::1]:9000", 200),
+        ("api:8080", 200),
+        ("queue.lan:8080", 200 if listens_at == "queue.lan" else 403),
         ("evil.example:8080", 403),
         ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
     ]:
-        assert (await api.client.get("/jobs", headers={"Host": host})).status_code == status
+        response = await there.client.get("/jobs", headers={"Host": host})
+        assert (host, response.status_code) == (host, status)
 
 
 # ── E-mail, with a local SMTP server ────────────────────────────────────────────────────────────
@@ -1798,6 +1844,14 @@ async def test_a_refusal_of_the_smtp_server_is_the_error_of_the_job(
     assert "no such mailbox" in bench.job(job_id)["error"]
 
 
+async def test_a_refusal_of_one_of_two_recipients_is_logged(
+    mailbox: Mailbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    await HANDLERS["email"](EMAIL | {"to": "user@example.com, nobody@example.com"})
+    assert mailbox.messages[0].rcpt_tos == ["user@example.com"]
+    assert "the SMTP server refused: nobody@example.com" in caplog.text
+
+
 @pytest.mark.parametrize("scheme", ["smtp", "smtps"])
 async def test_email_goes_over_tls_with_user_and_password_and_to_nobody_else(
     handler: Register,
@@ -1846,6 +1900,37 @@ def test_the_program_runs_jobs_and_stops_cleanly(
     assert [job["id"] for job in program.call("GET", "/jobs")[1]] == [job_id]
     assert program.stop(number) == 0
     assert program.lines[-1].endswith("stopped\n")
+
+
+H2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # and empty SETTINGS
+H2_ODD_PATH = b"\0\0\x0d\1\5\0\0\0\1" + b"\x82\x86\4\2/\xff\1\5local"  # HEADERS: GET /\xff
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /jobs HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+         b"HTTP2-Settings: abc\r\n\r\n", b""),
+        (H2_PREFACE + H2_ODD_PATH, b""),
+        (b"GET ?x HTTP/1.1\r\nHost: localhost\r\n\r\n", b"HTTP/1.1 400"),
+        (b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n", b"HTTP/1.1 400"),
+        (b"GET /x HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZQ==\r\n\r\n", b"HTTP/1.1 404"),
+    ],
+)  # fmt: skip
+def test_an_odd_connection_ends_alone(start: Start, request_: bytes, status: bytes) -> None:
+    program = start()
+    with socket.create_connection(("127.0.0.1", program.port), timeout=30) as connection:
+        connection.sendall(request_)
+        received = b""
+        while data := connection.recv(65_536):
+            received += data
+            if status and b"\r\n\r\n" in received:
+                break
+    assert received.startswith(status)
+    assert program.ended(program.submit("math", a=1, b=2))["result"] == 3
+    assert program.logged("WARNING a connection broke") or status
+    assert program.stop() == 0
 
 
 @pytest.mark.parametrize("grace", ["0", "20"])
@@ -1936,7 +2021,7 @@ def test_the_log_names_the_job_of_every_line_that_is_said_while_it_runs(start: S
     program = start()
     job_id = program.submit("email", to="a@example.com", subject="s", body="b")
     program.ended(job_id)
-    eventually(lambda: program.logged(f"job {job_id}: email completed"))
+    eventually(lambda: program.logged(f"job {job_id}: email, attempt 1, completed"))
     assert program.logged(f"job {job_id}: email, attempt 1 of 4")
     assert program.logged(f"job {job_id}: simulated e-mail to 'a@example.com'")
 
