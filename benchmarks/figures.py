@@ -24,6 +24,9 @@ DRAIN_SECONDS = 4.0  # longest part of a drain that is measured: a slow system n
 POLL_SECONDS = 0.01
 PAUSE_SECONDS = 0.02  # between requests whose latency is measured: long enough to find all idle
 COLD = 5  # the first latencies do not count: a new process does all for the first time
+WAITERS = 800  # clients that wait for the same job
+BURST = 1000  # jobs whose finish times make a rate
+TURNS = 20  # of such bursts
 NOISE = 20  # keys that a worker may make for itself, where results are counted as keys
 
 
@@ -70,7 +73,9 @@ class Bench:
 # ── All systems ─────────────────────────────────────────────────────────────────────────────────
 
 
-def drain(bench: Bench, system: System, setting: Setting, column: str, figure: str = "drain") -> None:
+def drain(
+    bench: Bench, system: System, setting: Setting, column: str, figure: str = "drain", row: str = ""
+) -> None:
     """Jobs/s: the queue is filled, then the workers are started; from the first results to the last."""
     jobs = system.jobs // (2 if bench.quick else 1)
     bench.empty()
@@ -82,7 +87,7 @@ def drain(bench: Bench, system: System, setting: Setting, column: str, figure: s
         rate, complete = watch(lambda: abs(system.finished() - before), jobs, processes)
     # In its first round a system makes Redis keep scripts and buffers, which are not of its jobs.
     is_first = bench.results.median(figure, system.name, column) is None
-    bench.results.add(figure, system.name, column, "jobs/s", rate)
+    bench.results.add(figure, row or system.name, column, "jobs/s", rate)
     if figure == "drain" and not setting.several:
         if system is bench.service:
             bench.results.add("workers", system.name, "10 workers", "jobs/s", rate)
@@ -147,15 +152,12 @@ def add_latencies(bench: Bench, figure: str, row: str, seconds: list[float]) -> 
 # ── This service ────────────────────────────────────────────────────────────────────────────────
 
 
-def workers(bench: Bench, count: int) -> None:
+def workers(bench: Bench, count: int, log_level: str = "warning") -> None:
     """The drain with so many workers."""
-    drain(
-        bench,
-        bench.service,
-        Setting("", concurrency=count),
-        f"{count} worker{'s' * (count > 1)}",
-        figure="workers",
-    )
+    setting = Setting("", concurrency=count, log_level=log_level)
+    column = f"{count} worker{'s' * (count > 1)}"
+    row = "jobqueue" if log_level == "warning" else f"jobqueue, LOG_LEVEL={log_level}"
+    drain(bench, bench.service, setting, column, figure="workers", row=row)
 
 
 def busy_submission(bench: Bench) -> None:
@@ -289,6 +291,29 @@ def idle(bench: Bench) -> None:
         bench.results.add("idle", "jobqueue", "processor", "% of a core", share)
 
 
+def waiting(bench: Bench) -> None:
+    """The same while many clients wait for the end of one job."""
+    seconds = 5.0
+    bench.empty()
+    with bench.service.running(10) as [instance], contextlib.ExitStack() as stack:
+        with harness.connect(instance.port) as connection:
+            later = harness.post("/job", json.dumps(systems.MATH | {"delay": 3600}).encode())
+            job_id = json.loads(harness.exchange(connection, later))["id"]
+        for _ in range(WAITERS):
+            connection = stack.enter_context(harness.connect(instance.port))
+            connection.sendall(harness.get(f"/job/{job_id}?wait=30"))
+        time.sleep(2)
+        before = instance.process.cpu_seconds()
+        time.sleep(seconds)
+        share = (instance.process.cpu_seconds() - before) / seconds * 100
+        row = f"jobqueue, {WAITERS} clients wait for a job"
+        bench.results.add("idle", row, "memory", "MB", instance.process.memory_mb())
+        bench.results.add("idle", row, "processor", "% of a core", share)
+        with harness.connect(instance.port) as connection:
+            connection.sendall(f"DELETE /job/{job_id} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            harness.receive(connection)
+
+
 def start_up(bench: Bench) -> None:
     """From the start of the process to its first answer that needs Redis; and from SIGTERM to its end."""
     bench.empty()
@@ -307,46 +332,63 @@ def start_up(bench: Bench) -> None:
         instance.process.kill()
 
 
+@dataclass(frozen=True)
+class Side:
+    """An instance that is stopped unless its rate is being measured, and one that takes jobs for it."""
+
+    service: Service
+    entrance: Instance
+    worker: Instance
+
+    def fill(self, jobs: int = BURST) -> None:
+        request = systems.math_jobs(1000)
+        harness.hammer([self.entrance.port], request, 1, count=jobs // 1000)
+
+    def run(self, jobs: int = BURST) -> list[float]:
+        """Let so many jobs be run; their finish times, as Redis has them, in ms."""
+        done = self.service.finished()
+        with self.worker.going():
+            wait_finished(self.service, done + jobs)
+        return self.service.finish_times_ms(done, done + jobs - 1)
+
+
+@contextlib.contextmanager
+def side(service: Service) -> Iterator[Side]:
+    with service.running(0) as [entrance], service.running(10) as [worker], worker.paused():
+        yield Side(service, entrance, worker)
+
+
 def growth(bench: Bench, jobs: int) -> None:
-    """The drain rate with 1,000 jobs waiting, with `jobs` waiting, and with as many finished ones stored.
+    """The drain rate with so many jobs waiting, and with as many finished ones stored, and with 1,000 in all.
 
-    The same warm instance throughout, paused while its queue is filled. The finish times are those that Redis
-    has: of 1,000 jobs, or of the first 20,000 in four parts.
+    Two warm instances, each on a database of its own, take turns, so that a machine that gets slower does so
+    for both.
     """
-    with bench.service.running(10) as [instance]:
-        for burst in range(5):
-            bench.empty()
-            refill(bench, instance, 1000)
-            wait_finished(bench, 1000)
-            if burst:  # the first one warms up
-                add_rates(bench, "1,000 waiting", 1000, parts=1)
-        if jobs > 1000:
-            bench.empty()
-            refill(bench, instance, jobs)
-            wait_finished(bench, 20_000)
-            add_rates(bench, f"{jobs:,} waiting", 20_000)
-            wait_finished(bench, jobs)
-        stored = bench.service.finished()
-        refill(bench, instance, 20_000)
-        wait_finished(bench, stored + 20_000)
-        add_rates(bench, f"{jobs:,} finished ones stored", 20_000, stored)
+    row = f"{jobs:,} jobs"
+
+    def turns(filled: Side, column: str, refill: bool) -> None:
+        for turn in range(1 + TURNS):
+            small.service.empty()
+            small.fill()
+            if refill:
+                filled.fill()
+            few, many = (
+                (len(times) - 1) / (times[-1] - times[0]) * 1000 for times in (small.run(), filled.run())
+            )
+            if turn:  # the first one warms up
+                bench.results.add("growth", row, column, "jobs/s", many)
+                bench.results.add("growth", row, f"{column}, to 1,000 in all", "x", many / few)
+
+    bench.empty()
+    with side(bench.service) as large, side(bench.service.beside()) as small:
+        large.fill(jobs)
+        turns(large, "waiting", refill=False)
+        large.run(jobs - bench.service.finished())
+        turns(large, "finished and stored", refill=True)
 
 
-def refill(bench: Bench, instance: Instance, jobs: int) -> None:
-    with instance.paused():
-        bench.service.submit(systems.BULK_1000, jobs)
-
-
-def wait_finished(bench: Bench, jobs: int) -> None:
-    harness.wait_until(lambda: bench.service.finished() >= jobs, seconds=30 + jobs / 3000, every=0.05)
-
-
-def add_rates(bench: Bench, row: str, jobs: int, start: int = 0, parts: int = 4) -> None:
-    size = jobs // parts
-    for first in range(start, start + jobs, size):
-        times = bench.service.finish_times_ms(first, first + size - 1)
-        rate = (len(times) - 1) / (times[-1] - times[0]) * 1000
-        bench.results.add("growth", row, "10 workers", "jobs/s", rate)
+def wait_finished(service: Service, jobs: int) -> None:
+    harness.wait_until(lambda: service.finished() >= jobs, seconds=30 + jobs / 3000, every=0.01)
 
 
 def instances(bench: Bench, copies: int) -> None:
@@ -362,7 +404,7 @@ def instances(bench: Bench, copies: int) -> None:
             for instance in running:
                 stack.enter_context(instance.paused())
             bench.service.submit(systems.BULK_1000, jobs)
-        wait_finished(bench, jobs)
+        wait_finished(bench.service, jobs)
         times = bench.service.finish_times_ms(0, jobs - 1)
     bench.results.add("instances", row, "drain", "jobs/s", (jobs - 1) / (times[-1] - times[0]) * 1000)
     bench.empty()

@@ -55,6 +55,8 @@ def plan(bench: Bench, measured: list[System], wanted: set[str]) -> Iterator[Ste
             yield from drains(bench, system, number) if wanted & {"drain", "memory"} else []
         for count in workers(bench.quick, number) if "workers" in ours else []:
             yield Step(f"drain, {count} workers", 5, partial(figures.workers, bench, count))
+        if "workers" in ours and not bench.quick:
+            yield Step("drain, LOG_LEVEL=info", 6, partial(figures.workers, bench, 10, "info"))
     for number in range(rounds):
         for system in measured:
             yield from submissions(bench, system, number) if "submit" in wanted else []
@@ -64,8 +66,8 @@ def plan(bench: Bench, measured: list[System], wanted: set[str]) -> Iterator[Ste
                 yield Step(f"latency, {system.name}", 3.5, partial(figures.latency, bench, system))
         if not (bench.quick and number):
             yield from of_the_service(bench, ours)
-    for jobs in (1000, 100_000, 1_000_000) if "growth" in ours and not bench.quick else []:
-        yield Step(f"growth, {jobs:,} jobs", 9 + jobs / 8000, partial(figures.growth, bench, jobs))
+    for jobs in (100_000, 1_000_000) if "growth" in ours and not bench.quick else []:
+        yield Step(f"growth, {jobs:,} jobs", 20 + jobs / 12_000, partial(figures.growth, bench, jobs))
 
 
 def drains(bench: Bench, system: System, number: int) -> Iterator[Step]:
@@ -110,6 +112,8 @@ def of_the_service(bench: Bench, wanted: set[str]) -> Iterator[Step]:
         yield Step(f"GET /jobs, {jobs:,} jobs", 2 + jobs / 10_000, step)
     if "idle" in wanted:
         yield Step("idle", 5, partial(figures.idle, bench))
+        if not bench.quick:
+            yield Step("clients that wait", 10, partial(figures.waiting, bench))
     if "start" in wanted:
         yield from [Step("start-up", 1, partial(figures.start_up, bench))] * 2
     for copies in (1, 2, 4) if "instances" in wanted and not bench.quick else []:

@@ -41,6 +41,7 @@ class Setting:
     copies: int = 1
     concurrency: int = 10
     worker: list[str] = field(default_factory=list)
+    log_level: str = "warning"  # of this service
 
 
 class System:
@@ -157,21 +158,29 @@ class Service(System):
             Setting("2 instances of 5 workers", several=True, copies=2, concurrency=5),
         ]
 
-    def start(self, workers: int, stamps: Path | None = None) -> Instance:
+    def beside(self) -> Service:
+        """The same on another database of the same Redis."""
+        url = f"{self.url}/1"
+        client = redis.Redis.from_url(url, decode_responses=True, socket_timeout=30)
+        return Service(self.module, client, url)
+
+    def start(self, workers: int, stamps: Path | None = None, log_level: str = "warning") -> Instance:
         """An instance that answers. `stamps`: have the handler of that name, and where it writes to."""
         port = harness.free_port()
         command = [sys.executable, "service.py" if stamps else str(self.module)]
         command += ["--redis-url", self.url, "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--workers", str(workers), "--log-level", "warning"]
+        command += ["--workers", str(workers), "--log-level", log_level]
         env = {"PYTHONPATH": str(self.module.parent), "BENCH_STAMPS": str(stamps)}
         return Instance(Process(command, env), port)
 
     @contextlib.contextmanager
-    def _started(self, workers: int, copies: int, stamps: Path | None = None) -> Iterator[list[Instance]]:
+    def _started(
+        self, workers: int, copies: int, stamps: Path | None = None, log_level: str = "warning"
+    ) -> Iterator[list[Instance]]:
         instances: list[Instance] = []
         try:
             for _ in range(copies):
-                instances.append(self.start(workers, stamps))
+                instances.append(self.start(workers, stamps, log_level))
             yield instances
             for instance in instances:
                 instance.wait()
@@ -201,11 +210,14 @@ class Service(System):
 
     @contextlib.contextmanager
     def working(self, setting: Setting) -> Iterator[list[Process]]:
-        with self._started(setting.concurrency, setting.copies) as instances:
+        with self._started(setting.concurrency, setting.copies, log_level=setting.log_level) as instances:
             yield [instance.process for instance in instances]
 
     def finished(self) -> int:
         return int(self._client.zcard("{jobqueue}:completed"))
+
+    def empty(self) -> None:
+        self._client.flushdb()
 
     def finish_times_ms(self, start: int, stop: int) -> list[float]:
         """When finished jobs number `start` to `stop` had been finished, as Redis has it."""
@@ -232,6 +244,15 @@ class Instance:
             yield
         finally:
             self.process.signal(signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def going(self) -> Iterator[None]:
+        """For a while not paused."""
+        self.process.signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.process.signal(signal.SIGSTOP)
 
 
 def listens(port: int) -> bool:
