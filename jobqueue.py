@@ -128,9 +128,7 @@ class Settings:
         if not re.fullmatch("[!-~]*", self.api_token):
             raise ValueError("API_TOKEN must be visible ASCII characters, without spaces")
         if self.smtp_url and not re.fullmatch(SMTP_URL, self.smtp_url):
-            raise ValueError(
-                "SMTP_URL must be smtp://[user:password@]host[:port], or smtps://, percent-encoded"
-            )
+            raise ValueError("SMTP_URL must be smtp[s]://[user:password@]host[:port], percent-encoded")
         if not re.fullmatch(r"[^@\x00-\x1f]+@[^@\x00-\x1f]+", self.smtp_from):
             raise ValueError(f"SMTP_FROM must be an address such as jobs@example.com, not {self.smtp_from!r}")
         with _naming("SMTP_URL"):
@@ -1090,18 +1088,14 @@ class Crew:
                 self.tokens.discard(token)  # should it hold a job, `extend` will have that released
                 if trio.current_time() >= self.deadline:
                     if outcome:
-                        log.warning(
-                            "job %s: perhaps not reported; if so, it will run again", outcome.claim.id
-                        )
+                        log.warning("job %s: if it was not reported, it runs again", outcome.claim.id)
                     return None
                 await trio.sleep(AGAIN_SECONDS)
                 continue
             if outcome:
                 self.tokens.discard(outcome.claim.token)
                 if not accepted:
-                    log.warning(
-                        "job %s: its report came too late, or twice, and was refused", outcome.claim.id
-                    )
+                    log.warning("job %s: report refused: too late, or sent twice", outcome.claim.id)
                 elif self.ends and outcome.transition in ("complete", "fail"):
                     self.announce([outcome.claim.id])
                 outcome = None
@@ -1225,7 +1219,7 @@ async def upkeep(crew: Crew) -> None:
                 if crew.runs.pop(token, None):
                     runs[token].scope.cancel()
             for ended_job in found.ended:
-                log.warning("job %s: its worker is gone: %s, attempt %s, is %s again", *ended_job)
+                log.warning("job %s: its worker is gone: %s, attempt %s; now it is %s", *ended_job)
             crew.announce(ended)
             crew.bell.ring(found.ready)
             wait = min(pause, found.wait)
@@ -1352,9 +1346,7 @@ def parse_key(headers: Sequence[str], body: Any) -> tuple[str, str]:
         return "", ""
     header = ", ".join(headers)  # one, or it will not match
     if not re.fullmatch(r'"([ !#-\[\]-~]|\\["\\]){1,255}"|[!#-~]{1,255}', header):
-        raise http.BadRequest(
-            "Idempotency-Key must be one of 1 to 255 ASCII characters; in quotes, if with spaces"
-        )
+        raise http.BadRequest("Idempotency-Key must be one of up to 255 ASCII characters, quoted for spaces")
     texts = (header[1:-1] if header[0] == '"' else header, json.dumps(body, sort_keys=True))
     key, fingerprint = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
     return key, fingerprint
@@ -1458,7 +1450,7 @@ def create_app(crew: Crew) -> QuartTrio:
 
     @app.post("/job")
     async def submit() -> Response:
-        if request.args:
+        if request.query_string:
             raise http.BadRequest("POST /job has no parameters; a job's are fields of the body")
         if request.mimetype != "application/json":
             raise http.UnsupportedMediaType("the Content-Type must be application/json")
