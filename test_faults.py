@@ -297,7 +297,7 @@ def test_a_handler_that_blocks_the_event_loop_loses_its_job_and_is_named(
     other = service(redis_server.url)
     assert other.ended(job_id)["attempts"] == 2
     eventually(lambda: blocked.logged(r"the event loop stood still for \d.* block"))
-    eventually(lambda: blocked.logged(f"{job_id}: its report came too late, or twice"))
+    eventually(lambda: blocked.logged(f"{job_id}: report refused: too late, or sent twice"))
     assert check(redis_server.client)[job_id]["attempts"] == "2"
 
 
