@@ -191,6 +191,18 @@ def latencies(bench: Bench) -> None:
     add_latencies(bench, "post", bench.bare.name, bare_trips[COLD:])
 
 
+def posts(bench: Bench) -> None:
+    """POST on 32 connections, of an instance without workers and of the bare view, in short turns."""
+    bench.empty()
+    with bench.service.running(0) as [instance], bench.bare.running() as bare:
+        for turn in range(1 + (5 if bench.quick else 10)):
+            ours, limit = (harness.hammer([each.port], ONE_MATH, 32, 0.7).rate for each in (instance, bare))
+            if turn:  # the first one warms up
+                bench.results.add("posts", "jobqueue", "32 connections", "requests/s", ours)
+                bench.results.add("posts", bench.bare.name, "32 connections", "requests/s", limit)
+                bench.results.add("posts", "jobqueue", "to the bare view", "x", ours / limit)
+
+
 def across(bench: Bench) -> None:
     """POST to an instance without workers, start of the job in another one."""
     bench.empty()

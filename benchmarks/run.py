@@ -105,6 +105,8 @@ def of_the_service(bench: Bench, wanted: set[str]) -> Iterator[Step]:
     if "latency" in wanted or "post" in wanted:
         yield Step("latency, jobqueue", 6, partial(figures.latencies, bench))
         yield Step("latency, across instances", 4, partial(figures.across, bench))
+    if "posts" in wanted:
+        yield Step("POST beside a bare view", 10 if bench.quick else 17, partial(figures.posts, bench))
     if "read" in wanted:
         yield Step("GET /job/<id>", 3, partial(figures.get_job, bench))
     for jobs in (1000, 10_000, 100_000) if "list" in wanted or "beside" in wanted else []:
