@@ -1127,33 +1127,31 @@ class Crew:
     def end(self, run: Run) -> Outcome | None:
         """What becomes of the job now; None if its lease was lost meanwhile."""
         claim, scope, error = run.claim, run.scope, run.error
-        name, number = claim.job_type, claim.attempts
         if scope.deadline < math.inf:
             scope.deadline = math.inf
         self.ran.add(claim.job_type)
         took = trio.current_time() - run.begun
-        outcome = None
+        outcome, level = None, logging.WARNING
         if self.runs.pop(claim.token, None) is None:
             self.tokens.discard(claim.token)
-            text = "%s, attempt %d, cancelled after %.3f s: on request, or its lease was lost"
-            log.warning(text, name, number, took)
+            end, why = "cancelled", ": on request, or its lease was lost"
         elif run.result is not None:
-            outcome = Outcome(claim, "complete", (run.result,))
-            log.info("%s, attempt %d, completed after %.3f s", name, number, took)
+            outcome, level = Outcome(claim, "complete", (run.result,)), logging.INFO
+            end, why = "completed", ""
         elif scope.cancel_called and trio.current_time() >= self.deadline:
             outcome = Outcome(claim, "release")
-            log.warning("%s, attempt %d, released after %.3f s by the shutdown", name, number, took)
+            end, why = "released", " by the shutdown"
         else:
             if scope.cancel_called:
                 error = f"timed out after {claim.timeout:g} s"
             if claim.attempts > claim.max_retries:
                 outcome = Outcome(claim, "fail", (error,))
-                log.warning("%s, attempt %d, failed for good after %.3f s: %s", name, number, took, error)
+                end, why = "failed for good", f": {error}"
             else:
                 delay = backoff(claim.attempts, self.settings.retry_delay_seconds)
                 outcome = Outcome(claim, "retry", (error, _milliseconds(delay)))
-                text = "%s, attempt %d, failed after %.3f s, again in %.1f s: %s"
-                log.warning(text, name, number, took, delay, error)
+                end, why = "failed", f", again in {delay:.1f} s: {error}"
+        log.log(level, "%s, attempt %d, %s after %.3f s%s", claim.job_type, claim.attempts, end, took, why)
         current_job.set("")
         return outcome
 
