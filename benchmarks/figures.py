@@ -296,16 +296,11 @@ def idle(bench: Bench) -> None:
     bench.empty()
     with bench.service.running(10) as [instance]:
         time.sleep(1)
-        before = instance.process.cpu_seconds()
-        time.sleep(seconds)
-        share = (instance.process.cpu_seconds() - before) / seconds * 100
-        bench.results.add("idle", "jobqueue", "memory", "MB", instance.process.memory_mb())
-        bench.results.add("idle", "jobqueue", "processor", "% of a core", share)
+        add_use(bench, "jobqueue", instance, seconds)
 
 
 def waiting(bench: Bench) -> None:
     """The same while many clients wait for the end of one job."""
-    seconds = 5.0
     bench.empty()
     with bench.service.running(10) as [instance], contextlib.ExitStack() as stack:
         with harness.connect(instance.port) as connection:
@@ -315,15 +310,18 @@ def waiting(bench: Bench) -> None:
             connection = stack.enter_context(harness.connect(instance.port))
             connection.sendall(harness.get(f"/job/{job_id}?wait=30"))
         time.sleep(2)
-        before = instance.process.cpu_seconds()
-        time.sleep(seconds)
-        share = (instance.process.cpu_seconds() - before) / seconds * 100
-        row = f"jobqueue, {WAITERS} clients wait for a job"
-        bench.results.add("idle", row, "memory", "MB", instance.process.memory_mb())
-        bench.results.add("idle", row, "processor", "% of a core", share)
+        add_use(bench, f"jobqueue, {WAITERS} clients wait for a job", instance, seconds=5.0)
         with harness.connect(instance.port) as connection:
             connection.sendall(f"DELETE /job/{job_id} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             harness.receive(connection)
+
+
+def add_use(bench: Bench, row: str, instance: Instance, seconds: float) -> None:
+    before = instance.process.cpu_seconds()
+    time.sleep(seconds)
+    share = (instance.process.cpu_seconds() - before) / seconds * 100
+    bench.results.add("idle", row, "memory", "MB", instance.process.memory_mb())
+    bench.results.add("idle", row, "processor", "% of a core", share)
 
 
 def start_up(bench: Bench) -> None:

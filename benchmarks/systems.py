@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -236,23 +237,21 @@ class Instance:
         """Until it listens."""
         harness.wait_until(lambda: listens(self.port), self.process)
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Stopped in its tracks, so that a queue can be filled before it sees any of it."""
-        self.process.signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self.process.signal(signal.SIGCONT)
+        return self._between(signal.SIGSTOP, signal.SIGCONT)
+
+    def going(self) -> AbstractContextManager[None]:
+        """For a while not paused."""
+        return self._between(signal.SIGCONT, signal.SIGSTOP)
 
     @contextlib.contextmanager
-    def going(self) -> Iterator[None]:
-        """For a while not paused."""
-        self.process.signal(signal.SIGCONT)
+    def _between(self, first: int, last: int) -> Iterator[None]:
+        self.process.signal(first)
         try:
             yield
         finally:
-            self.process.signal(signal.SIGSTOP)
+            self.process.signal(last)
 
 
 def listens(port: int) -> bool:
