@@ -26,7 +26,7 @@ import trio.testing
 import trustme
 
 import jobqueue
-from jobqueue import AutoPipeline, Carrier, Command, RedisConnection, Store
+from jobqueue import AutoPipeline, Transport, Command, RedisConnection, Store
 
 MODULE = Path(jobqueue.__file__)
 PREFIX = "{jobqueue}:"
@@ -131,7 +131,7 @@ def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> trustme.CA:
     return made
 
 
-def memory_carrier(client: fakeredis.FakeRedis) -> Carrier:
+def memory_transport(client: fakeredis.FakeRedis) -> Transport:
     """As `jobqueue.memory`, but without a thread: so Trio's virtual clock sees who waits for what."""
 
     async def exchange(commands: Any) -> list[Any]:
@@ -152,8 +152,8 @@ class Bench:
 
     CLOCK = "local now = tonumber(redis.call('GET', KEYS[1] .. 'clock'))"
 
-    def __init__(self, carrier: Carrier, client: Any) -> None:
-        self.carrier = carrier
+    def __init__(self, transport: Transport, client: Any) -> None:
+        self.transport = transport
         self.client = client
         self.pipeline = AutoPipeline(self._carry)
         self.store = Store(self.pipeline, clock=self.CLOCK)
@@ -170,7 +170,7 @@ class Bench:
             return [redis.ResponseError(self.refuses) for _ in commands]
         if self.follow_trio:
             self.client.set(PREFIX + "clock", int((1_000_000 + trio.current_time()) * 1000))
-        return await self.carrier(commands)
+        return await self.transport(commands)
 
     def move(self, seconds: float) -> None:
         """Let time pass for Redis."""
@@ -194,7 +194,7 @@ async def bench(request: pytest.FixtureRequest, nursery: trio.Nursery) -> Bench:
     """The store, on each kind of Redis in turn."""
     if request.param == "memory":
         client = fakeredis.FakeRedis(decode_responses=True)
-        made = Bench(memory_carrier(client), client)
+        made = Bench(memory_transport(client), client)
     else:
         server: RedisServer = request.getfixturevalue("redis_server")
         made = Bench(RedisConnection(server.url).exchange, server.client)
@@ -206,14 +206,14 @@ async def bench(request: pytest.FixtureRequest, nursery: trio.Nursery) -> Bench:
 async def memory_bench(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> Bench:
     """The store in memory, where Redis's clock is Trio's, and Trio's is virtual."""
     client = fakeredis.FakeRedis(decode_responses=True)
-    made = Bench(memory_carrier(client), client)
+    made = Bench(memory_transport(client), client)
     made.follow_trio = True
     nursery.start_soon(made.pipeline.run)
     return made
 
 
-def record_calls(record: list[list[Command]]) -> Carrier:
-    """A carrier that writes down its batches, and answers each command with itself."""
+def record_calls(record: list[list[Command]]) -> Transport:
+    """A transport that writes down its batches, and answers each command with itself."""
 
     async def exchange(commands: Any) -> list[Any]:
         record.append(list(commands))

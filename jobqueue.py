@@ -32,9 +32,11 @@ To read it
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import hmac
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -54,7 +56,7 @@ import typing
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from email.message import EmailMessage
@@ -64,23 +66,26 @@ from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import unquote, urlencode, urlsplit
 from weakref import WeakValueDictionary
 
+import h11
 import hiredis
 import hypercorn
-import hypercorn.trio
-import hypercorn.trio.run
-import outcome as result_of
+import outcome
 import redis
 import trio
-from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.trio.task_group import TaskGroup
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ASGIFramework, ASGIReceiveCallable, ASGISendCallable, ConnectionState, Scope
 from quart import Response, has_request_context, redirect, render_template, request
-from quart.asgi import ASGIHTTPConnection
 from quart_trio import QuartTrio
-from quart_trio.asgi import TrioASGIHTTPConnection
 from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError, Sentinel
 from werkzeug import exceptions as http
-from werkzeug.datastructures import WWWAuthenticate
+from werkzeug.datastructures import MultiDict, WWWAuthenticate
 
 log = logging.getLogger("jobqueue")
 current_job: ContextVar[str] = ContextVar("current_job", default="")  # the id of the job that a task runs
@@ -93,6 +98,7 @@ def _setting(default: Any, meaning: str, low: float = 0, high: float = math.inf)
 
 
 SMTP_URL = r"smtps?://([^/@?#\s]*@)?(\[[0-9a-f:.]+\]|[^/@?#\s:]+)(:[0-9]+)?"
+REDIS_URL = "redis[s]://[user:password@]host[:port][/db], redis[s]+sentinel://[…]host[:port],…/name[/db] or unix:///path"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +118,8 @@ class Settings:
     lease_seconds: float = _setting(15.0, "a worker silent for so long has lost its job", 0.5, 3600)
     shutdown_grace_seconds: float = _setting(20.0, "what running jobs get to finish at shutdown", 0, 86_400)
     retention_seconds: float = _setting(604_800.0, "how long finished jobs are kept; 0: for ever", 0, 1e10)
-    max_body_bytes: int = _setting(1_048_576, "the largest request body", 1024, 1 << 30)
+    keep_jobs: int = _setting(1_000_000, "finished jobs kept at most, the oldest go first; 0: no limit", 0, 1 << 40)
+    max_body_bytes: int = _setting(1_048_576, "the largest request body, and the largest result", 1024, 1 << 30)
     api_token: str = _setting("", "what clients must send as Authorization: Bearer; unset: nothing")
     smtp_url: str = _setting("", "smtp://user:password@host:port or smtps://; unset: e-mail is simulated")
     smtp_from: str = _setting("jobqueue@localhost", "the sender of e-mail")
@@ -127,16 +134,19 @@ class Settings:
             raise ValueError(f"LOG_LEVEL must be debug, info, warning or error, not {self.log_level!r}")
         if not re.fullmatch("[!-~]*", self.api_token):
             raise ValueError("API_TOKEN must be visible ASCII characters, without spaces")
-        if self.smtp_url and not re.fullmatch(SMTP_URL, self.smtp_url):
+        try:
+            is_url = re.fullmatch(SMTP_URL, self.smtp_url) and urlsplit(self.smtp_url).port != 0
+        except ValueError:
+            is_url = False
+        if self.smtp_url and not is_url:
             raise ValueError("SMTP_URL must be smtp[s]://[user:password@]host[:port], percent-encoded")
         if not re.fullmatch(r"[^@\x00-\x1f]+@[^@\x00-\x1f]+", self.smtp_from):
             raise ValueError(f"SMTP_FROM must be an address such as jobs@example.com, not {self.smtp_from!r}")
-        with _naming("SMTP_URL"):
-            urlsplit(self.smtp_url).port  # noqa: B018
         if self.redis_url:
-            with _naming("REDIS_URL"):
-                pool = redis.ConnectionPool.from_url(self.redis_url)
-                pool.connection_class(**pool.connection_kwargs)
+            try:
+                RedisAddress(self.redis_url)
+            except (ValueError, TypeError, redis.RedisError):  # whose texts may show the password
+                raise ValueError(f"REDIS_URL must be {REDIS_URL}, percent-encoded") from None
 
     @classmethod
     def read(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -159,14 +169,6 @@ class Settings:
             parser.exit(2, f"jobqueue.py: {error}\n")
 
 
-@contextmanager
-def _naming(setting: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, redis.RedisError) as error:
-        raise ValueError(f"{setting}: {error}") from None
-
-
 def _convert(name: str, kind: type, text: str) -> Any:
     try:
         return kind(text)
@@ -187,7 +189,7 @@ class Status(StrEnum):
     FAILED = "failed"
 
 
-ENDED = {Status.COMPLETED, Status.FAILED}
+FINISHED = {Status.COMPLETED, Status.FAILED}
 
 
 class NewJob(NamedTuple):
@@ -204,12 +206,12 @@ class NewJob(NamedTuple):
 class Claim(NamedTuple):
     """A job in the hands of a worker."""
 
-    token: str  # the name of this claim, which no other ever had
+    token: str  # the fencing token, which no other claim ever had
     behind: int  # jobs that were left in the queue
     id: str
     job_type: str
     payload: str  # an object, as JSON
-    attempts: int  # runs begun, this one included
+    attempts: int  # those begun, this one included
     max_retries: int
     timeout: float  # seconds for one run
 
@@ -217,6 +219,15 @@ class Claim(NamedTuple):
 def _json_time(milliseconds: str) -> str:
     moment = datetime.fromtimestamp(int(milliseconds) / 1000, UTC)
     return f'"{moment.isoformat(timespec="milliseconds")[:-6]}Z"'
+
+
+def _json_text(text: str) -> str:
+    json.loads(text)
+    return text
+
+
+def _json_number(text: str) -> str:
+    return str(json.loads(text) + 0)
 
 
 _encode = json.encoder.encode_basestring  # of a text
@@ -243,12 +254,12 @@ def to_json(value: Any) -> str:
 # result are JSON already: they pass through untouched, however deep they are and whatever numbers they hold.
 FIELDS: dict[str, Callable[[str], str]] = {
     "job_type": _encode,
-    "payload": str,
+    "payload": _json_text,
     "status": _encode,
-    "attempts": str,
-    "max_retries": str,
-    "timeout": str,
-    "result": str,
+    "attempts": _json_number,
+    "max_retries": _json_number,
+    "timeout": _json_number,
+    "result": _json_text,
     "error": _encode,
     "created_at": _json_time,
     "due_at": _json_time,
@@ -258,12 +269,17 @@ FIELDS: dict[str, Callable[[str], str]] = {
 
 
 def job_json(job_id: str, values: Iterable[str | None]) -> str:
-    """The JSON of a job, from its stored values in the order of FIELDS; what is not known yet is null."""
-    shown = (
-        f'"{name}": {"null" if value is None else write(value)}'
-        for (name, write), value in zip(FIELDS.items(), values, strict=True)
-    )
-    return f'{{"id": "{job_id}", {", ".join(shown)}}}'
+    """The JSON of a job, from its stored values in the order of FIELDS; what is not known yet is null.
+
+    A value that somebody else has damaged is shown as the text that it is.
+    """
+    shown = []
+    for (name, write), value in zip(FIELDS.items(), values, strict=True):
+        try:
+            shown.append(f'"{name}": {"null" if value is None else write(value)}')
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            shown.append(f'"{name}": {_encode(value or "")}')
+    return f'{{"id": {_encode(job_id)}, {", ".join(shown)}}}'
 
 
 BACKOFF_CAP_SECONDS = 300.0
@@ -318,13 +334,13 @@ class Handler:
     async def __call__(self, payload: Mapping[str, Any]) -> Any:
         """Run the function: in this task if it is `async def`, in a thread if it is `def`.
 
-        A thread cannot be interrupted: when this call is cancelled, the thread is abandoned.
+        A thread cannot be interrupted: when this call is cancelled, it goes on until the thread ends, which may
+        ask whether it should: `trio.from_thread.check_cancelled()`.
         """
         if self.is_async:
             return await self.function(**payload)
-        call = partial(self.function, **payload)
-        # Its own limiter: abandoned threads must not use up those that others wait for.
-        return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+        # Its own limiter, since there are as many threads as workers, and no others that could be waited for.
+        return await trio.to_thread.run_sync(partial(self.function, **payload), limiter=trio.CapacityLimiter(1))
 
 
 def _parameter(parameter: inspect.Parameter) -> Parameter:
@@ -343,6 +359,7 @@ def _parameter(parameter: inspect.Parameter) -> Parameter:
 
 HANDLERS: dict[str, Handler] = {}
 SMTP_SECONDS = 20.0  # longest wait for an SMTP server
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -386,6 +403,8 @@ def send_email_through(url: str, sender: str) -> None:
         """Send an e-mail."""
         message = EmailMessage()  # which refuses a line break in a header
         message["From"], message["To"], message["Subject"] = sender, to, subject
+        if any(re.search(r"[\r\n]", str(value)) for value in message.values()):  # in an encoded word
+            raise ValueError("a header may not contain linefeed or carriage return characters")
         message.set_content(body)
         host, port = server_url.hostname or "", server_url.port or 0  # 0: the usual one
         with (
@@ -396,6 +415,8 @@ def send_email_through(url: str, sender: str) -> None:
             server.ehlo()
             if server.has_extn("starttls"):
                 server.starttls(context=tls)
+            elif server_url.username and server_url.scheme == "smtp" and host not in LOOPBACK:
+                raise smtplib.SMTPNotSupportedError("the password would go over an unencrypted connection")
             if server_url.username:
                 server.login(unquote(server_url.username), unquote(server_url.password or ""))
             if refused := server.send_message(message):  # only some: a retry would send to the others again
@@ -414,42 +435,81 @@ async def long(seconds: float = 2) -> None:
     await trio.sleep(seconds)
 
 
-# ── AutoPipeline ────────────────────────────────────────────────────────────────────────────────
+# ── Redis ───────────────────────────────────────────────────────────────────────────────────────
 #
 # redis-py's asyncio client does not run on Trio, and its blocking client would stop the event loop. The
 # naive answer, a thread for each command, costs more than the command itself. So redis-py opens the
-# connection, in a thread; then the socket is Trio's. And one task owns it, a carrier: while its round trip
-# is under way the commands of all other tasks gather, and the next one carries them all. Under load the
-# batches grow by themselves. There are two carriers, so that one batch is in Redis while the replies to
-# the other are worked on: whoever finds both idle takes half, and leaves the rest to the other.
-#
-# A command that was handed over is never abandoned: its caller cannot be cancelled before the reply is
-# there. Otherwise a claim could take a job out of the queue for a worker that is already gone.
+# connection, in a thread; then hiredis and Trio use its socket. One task owns a connection, and is its
+# transport: while its round trip is under way the commands of all other tasks gather, and the next one
+# carries them all. Under load the batches grow by themselves. There are two connections, so that one batch
+# is in Redis while Python works on the replies to the other.
 
 Command = tuple[str | int, ...]
-Carrier = Callable[[Sequence[Command]], Awaitable[list[Any]]]
+Transport = Callable[[Sequence[Command]], Awaitable[list[Any]]]  # carries a batch, and returns as many replies
 
-CONNECTIONS = 2  # each with its carrier; a third makes the batches too small
-REPLY_SECONDS = 4.0  # longest wait for Redis, connecting included; so the API answers 503 within 6 s
+CONNECTIONS = 2  # with one the drain is 40 % slower, and a third makes the batches too small
+REPLY_SECONDS = 2.5  # how long Redis may make no progress; sent twice, so that the API answers 503 within 6 s
 NOT_YET = object()
-CUT_OFF = redis.ConnectionError("it was cut off")
+CUT_OFF = redis.ConnectionError("the connection was cut off")
+# What a server says that cannot serve for now: a replica, one that starts, a node that lost or gives away the slot.
+# ASK is not followed: while a slot moves, a script would find only half of the keys at either end.
+UNFIT = re.compile(
+    r"(ERR Error running script.* -)?(READONLY|MASTERDOWN|MOVED|ASK|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|LOADING)\b"
+)
 
 
-class RedisConnection:
-    """A connection to Redis on which Trio does the waiting. It connects when first used, and again.
+class RedisAddress:
+    """Where REDIS_URL leads: to Redis, or to the sentinels that know where it is.
 
-    `watch` looks after it, in a task of its own: a cancel scope for each exchange would cost a seventh of
-    all time.
+    redis://user:password@host:6379/0, rediss:// for TLS, unix:///path, or
+    redis+sentinel://user:password@host:26379,host:26379/name/0. Raises ValueError for anything else.
     """
 
     def __init__(self, url: str) -> None:
+        self._sentinels: list[tuple[str, int]] = []
+        scheme, _, rest = url.partition("+sentinel://")
+        if rest:
+            parts = re.fullmatch(r"(.*@)?([^/@?]+)/([^/?]+)(/.*)?", rest)
+            if not parts:
+                raise ValueError("it must be redis+sentinel://host:port,host:port/name/db")
+            hosts = [urlsplit(f"//{host}") for host in parts[2].split(",")]
+            self._sentinels = [(host.hostname or "", host.port or 26379) for host in hosts]
+            self._name = parts[3]
+            url = f"{scheme}://{parts[1] or ''}{self._sentinels[0][0]}{parts[4] or ''}"
         pool = redis.ConnectionPool.from_url(url)
-        timeouts = {"socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
+        patience = {"socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
         never = Retry(NoBackoff(), 0)  # who may try again is not for the connection to say
-        options = pool.connection_kwargs | timeouts | {"protocol": 2, "retry": never}  # not those of the URL
-        self._new_connection = partial(pool.connection_class, **options)
+        self._class = pool.connection_class
+        self._options = pool.connection_kwargs | patience | {"protocol": 2, "retry": never}
+        self._class(**self._options)  # which refuses what it does not know
+
+    def connect(self, moved: tuple[str, int] | None = None) -> Any:
+        """A connection that redis-py opened: in a thread, since this blocks. `moved` is where to, if Redis said so."""
+        host_and_port = moved or (self._ask_sentinels() if self._sentinels else None)
+        where = dict(zip(("host", "port"), host_and_port or (), strict=False))
+        connection = self._class(**self._options | where)
+        connection.connect()
+        return connection
+
+    def _ask_sentinels(self) -> tuple[str, int]:
+        names = ("username", "password", "retry", "protocol", "socket_timeout", "socket_connect_timeout")
+        own = {name: self._options[name] for name in self._options if name in names or name.startswith("ssl_")}
+        own["ssl"] = issubclass(self._class, redis.SSLConnection)
+        own["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)  # it needs protocol 3
+        for credentials in ({}, {"username": None, "password": None}):  # sentinels often have no password
+            sentinel = cast(Any, Sentinel)(self._sentinels, sentinel_kwargs=own | credentials)
+            with suppress(MasterNotFoundError):
+                return cast(tuple[str, int], sentinel.discover_master(self._name))
+        raise redis.ConnectionError(f"no sentinel knows a primary {self._name!r}")
+
+
+class RedisConnection:
+    """One connection to Redis, on which Trio does the waiting. It connects when first used, and after each loss."""
+
+    def __init__(self, url: str) -> None:
+        self._address = RedisAddress(url)
+        self._moved: tuple[str, int] | None = None  # where the cluster said that our keys are
         self._connection: Any = None
-        self._deadline = math.inf  # of the exchange under way
 
     async def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands and receive their replies; a refusal is a ResponseError among them.
@@ -457,52 +517,80 @@ class RedisConnection:
         Raises redis.ConnectionError or TimeoutError; then nobody knows which were carried out.
         """
         replies: list[Any] = []
-        self._deadline = trio.current_time() + REPLY_SECONDS
         try:
-            if self._connection is None:
-                await self._connect()
-            await self._send(b"".join([hiredis.pack_command(cast(Any, command)) for command in commands]))
-            while len(replies) < len(commands):
-                if (reply := self._reader.gets()) is NOT_YET:
+            with trio.move_on_after(REPLY_SECONDS) as patience:
+                if self._connection is None or self._is_cut_off():
+                    await self._connect()
+                packed = [hiredis.pack_command(cast(Any, command)) for command in commands]
+                await self._send(memoryview(b"".join(packed)), patience)
+                while len(replies) < len(commands):
                     await self._receive()
-                else:
-                    replies.append(reply)
-        except (trio.TooSlowError, trio.ClosedResourceError):
-            raise redis.TimeoutError(f"no reply within {REPLY_SECONDS:g} s") from None
-        except (OSError, UnicodeError) as error:  # which is what an impossible host name gives
+                    while (reply := self._reader.gets()) is not NOT_YET:
+                        if isinstance(reply, redis.ConnectionError):  # UNFIT
+                            self._follow(reply)
+                            raise reply
+                        replies.append(reply)
+                    if len(replies) < len(commands):  # there was progress
+                        patience.deadline = trio.current_time() + REPLY_SECONDS
+            if patience.cancelled_caught:
+                raise redis.TimeoutError(f"no progress for {REPLY_SECONDS:g} s")
+            if len(replies) > len(commands) or self._reader.has_data():
+                raise redis.ConnectionError("Redis sent more than it was asked for")
+        except (OSError, UnicodeError) as error:  # the latter is what an impossible host name gives
             raise redis.ConnectionError(str(error)) from None
+        except BaseException:
+            replies.clear()
+            raise
         finally:
-            self._deadline = math.inf
             if len(replies) < len(commands):
-                self._hang_up()
+                self.hang_up()
         return replies
 
-    async def watch(self) -> None:
-        """End each exchange whose time is up; between exchanges, hang up once Redis has."""
-        while True:
-            await trio.sleep(REPLY_SECONDS / 16)
-            if self._connection is not None and self._deadline <= trio.current_time():
-                trio.lowlevel.notify_closing(self._socket)  # a ClosedResourceError for who waits for it
-            elif self._connection is not None and self._deadline == math.inf and self._is_cut_off():
-                self._hang_up()
+    async def message(self) -> Any:
+        """The next message of a channel that was subscribed to, however long it takes."""
+        while (reply := self._reader.gets()) is NOT_YET:
+            await self._receive()
+        return reply
+
+    async def ping(self) -> None:
+        """Ask for a sign of life on a connection that subscribed; a message serves as well as the reply."""
+        await self._send(memoryview(hiredis.pack_command(("PING",))), trio.CancelScope())
+        await self.message()
+
+    async def _connect(self) -> None:
+        self.hang_up()
+        moved, self._moved = self._moved, None  # should it fail there, the next time asks for the address anew
+        connect = partial(self._address.connect, moved)
+        connection = await trio.to_thread.run_sync(connect, abandon_on_cancel=True)
+        self._moved = moved
+        self._socket: socket.socket = connection._sock  # private: redis-py has no other way to its socket
+        self._socket.setblocking(False)
+        self._reader = hiredis.Reader(redis.ConnectionError, _refusal, "utf-8", "replace", NOT_YET)
+        self._connection = connection
+
+    def _follow(self, error: redis.ConnectionError) -> None:
+        if moved := re.search(r"MOVED \d+ (\S*):(\d+)", str(error)):
+            self._moved = moved[1].strip("[]") or self._connection.host, int(moved[2])
+
+    def hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.disconnect()
+            self._connection = None
 
     def _is_cut_off(self) -> bool:
-        try:  # what comes unasked is the end, or that of TLS
+        try:  # between two exchanges Redis has nothing to say: to read anything means the end
             socket.socket.recv(self._socket, 1, socket.MSG_PEEK)
         except OSError as error:
             return not isinstance(error, BlockingIOError)
         return True
 
-    def _hang_up(self) -> None:
-        if self._connection is not None:
-            self._connection.disconnect()
-            self._connection = None
-
-    async def message(self) -> Any:
-        """The next message of a channel, however long it takes."""
-        while (reply := self._reader.gets()) is NOT_YET:
-            await self._receive()
-        return reply
+    async def _send(self, data: memoryview, patience: trio.CancelScope) -> None:
+        while data:
+            try:
+                data = data[self._socket.send(data) :]
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                patience.deadline = trio.current_time() + REPLY_SECONDS
+                await trio.lowlevel.wait_writable(self._socket)
 
     async def _receive(self) -> None:
         data = None
@@ -514,30 +602,14 @@ class RedisConnection:
             raise redis.ConnectionError("Redis closed the connection")
         self._reader.feed(data)
 
-    async def _send(self, data: bytes) -> None:
-        while data:
-            try:
-                data = data[self._socket.send(data) :]
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                await trio.lowlevel.wait_writable(self._socket)
-
-    async def _connect(self) -> None:
-        """TLS, names, passwords and databases are redis-py's business."""
-        connection: Any = self._new_connection()
-        with trio.fail_at(self._deadline):
-            await trio.to_thread.run_sync(connection.connect, abandon_on_cancel=True)
-        self._socket: socket.socket = connection._sock
-        self._socket.setblocking(False)
-        self._reader = hiredis.Reader(redis.ConnectionError, _refusal, "utf-8", "replace", NOT_YET)
-        self._connection = connection
-
 
 def _refusal(text: str) -> Exception:
-    kind = redis.exceptions.NoScriptError if text.startswith("NOSCRIPT") else redis.ResponseError
-    return kind(text)
+    if text.startswith("NOSCRIPT"):
+        return redis.exceptions.NoScriptError(text)
+    return redis.ConnectionError(text) if UNFIT.match(text) else redis.ResponseError(text)
 
 
-def memory() -> Carrier:
+def memory() -> Transport:
     """Carries commands to a Redis in the memory of this process."""
     import fakeredis  # only here: with a real Redis it is not needed
 
@@ -561,26 +633,31 @@ class AutoPipeline:
     >>> nursery.start_soon(pipeline.run)
     >>> await pipeline.call("INCR", "a")
     1
+
+    Invariants: `_commands[i]` was queued by the task `_callers[i]`, which sleeps until its reply is there. A
+    command leaves both lists at once, in `_take_share`; from then on that transport alone wakes its caller.
+    And while there are commands no transport is idle, or one has been woken for them.
     """
 
-    def __init__(self, *carriers: Carrier) -> None:
-        self._carriers = carriers
-        self._idle: list[trio.lowlevel.Task] = []  # those of the carriers
+    def __init__(self, *transports: Transport) -> None:
+        self._transports = transports
+        self._idle: list[trio.lowlevel.Task] = []  # the tasks of transports that have nothing to carry
         self._commands: list[Command] = []
-        self._callers: list[trio.lowlevel.Task] = []  # of those commands
+        self._callers: list[trio.lowlevel.Task] = []
         self._away = False
 
     async def call(self, *command: str | int) -> Any:
         """The reply to a command.
 
         Raises redis.ResponseError if it was refused, and redis.ConnectionError or TimeoutError when it is
-        unknown whether it was carried out.
+        unknown whether it was carried out. It can be cancelled before the command is queued, and not after:
+        otherwise a claim could take a job out of the queue for a worker that is already gone.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         self._commands.append(command)
         self._callers.append(trio.lowlevel.current_task())
         if len(self._commands) == 1:
-            self._wake_carrier()
+            self._wake_transport()
         reply = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
         if isinstance(reply, Exception):
             raise reply
@@ -589,35 +666,52 @@ class AutoPipeline:
     async def run(self) -> None:
         """Carry the commands. Cancel it only when nobody calls any more."""
         async with trio.open_nursery() as nursery:
-            for carrier in self._carriers:
-                nursery.start_soon(self._carry, carrier)
+            for transport in self._transports:
+                nursery.start_soon(self._carry, transport)
 
-    def _wake_carrier(self) -> None:
+    def _wake_transport(self) -> None:
         if self._commands and self._idle:
             trio.lowlevel.reschedule(self._idle.pop())
 
-    async def _carry(self, carrier: Carrier) -> None:
+    async def _carry(self, transport: Transport) -> None:
+        """Carry batch after batch, and give each caller its reply, or the error that befell the whole batch."""
         while True:
             while not self._commands:
-                self._idle.append(trio.lowlevel.current_task())
-                await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
-            share = -(-len(self._commands) // (1 + len(self._idle)))
-            commands, self._commands = self._commands[:share], self._commands[share:]
-            callers, self._callers = self._callers[:share], self._callers[share:]
-            self._wake_carrier()  # for the rest, if there is any
-            lost: redis.RedisError | None = CUT_OFF
+                await self._wait_for_commands()
+            commands, callers = self._take_share()
+            lost: redis.RedisError | None = CUT_OFF  # also after a bug nobody may wait for ever
             try:
-                replies, lost = await carrier(commands), None
+                replies = await transport(commands)
+                if len(replies) != len(commands):
+                    raise RuntimeError(f"{len(replies)} replies to {len(commands)} commands")
+                lost = None
             except redis.RedisError as error:
                 lost = error
-            finally:  # after a bug too, nobody may wait for ever
-                if lost:
-                    # What came meanwhile shares the fate: it must not wait for another time-out.
+            finally:
+                if lost:  # what came meanwhile shares the fate, rather than to wait for another time limit
                     callers, self._callers, self._commands = callers + self._callers, [], []
                     replies = [type(lost)(*lost.args) for _ in callers]
                 for caller, reply in zip(callers, replies, strict=True):
-                    trio.lowlevel.reschedule(caller, result_of.Value(reply))
+                    trio.lowlevel.reschedule(caller, outcome.Value(reply))
             self._note(lost)
+
+    async def _wait_for_commands(self) -> None:
+        task = trio.lowlevel.current_task()
+
+        def leave(_: object) -> trio.lowlevel.Abort:
+            self._idle.remove(task)  # nobody may wake a task that is gone
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        self._idle.append(task)
+        await trio.lowlevel.wait_task_rescheduled(leave)
+
+    def _take_share(self) -> tuple[list[Command], list[trio.lowlevel.Task]]:
+        """The commands that one transport carries next: all, or half if the other one is idle, which then is woken."""
+        share = -(-len(self._commands) // (1 + len(self._idle)))
+        commands, self._commands = self._commands[:share], self._commands[share:]
+        callers, self._callers = self._callers[:share], self._callers[share:]
+        self._wake_transport()
+        return commands, callers
 
     def _note(self, error: redis.RedisError | None) -> None:
         if error and not self._away:
@@ -629,241 +723,355 @@ class AutoPipeline:
 
 # ── Store ───────────────────────────────────────────────────────────────────────────────────────
 #
-# Every transition is one Lua script, so it happens whole or not at all, and first checks the place that
-# the job leaves. Three rules hold for all of them.
+# Every transition is one Lua script. Redis runs it alone, but does not roll it back: an error in the middle, such
+# as a missing right or a key of another type, leaves what was written before it. Four rules keep the jobs safe.
+#
+# Add, name, take away. A job is put into its new place, then its status names that place, then it leaves the
+# old one. So at every call it is at least where its status says. What an error leaves over is a second entry in
+# a place that the status does not name: a stray, which is removed by whoever meets it there.
+#
+# The first write takes away. Redis out of memory refuses scripts whose first write may add: that shall meet
+# `submit`, whose client can be told, and never a report or a renewal.
+#
+# Everything may be sent twice, since a lost reply tells nothing. A submission brings its ids. A claim has a fencing
+# token, "<worker>:<number>", that no other claim ever had: sent again, it gets the same job. A report brings its
+# token: one with another token than the job's is refused, one that comes again finds the status changed already.
 #
 # The time is Redis's, never the caller's: an instance with a wrong clock must not end others' leases.
-#
-# A claim has a token, "<instance>:<number>", that no other claim ever had. Reports carry it. One with
-# another token than the job's is refused; one that was sent twice, because its reply was lost, finds the
-# token but no longer the status, and changes nothing. A claim whose reply was lost is different: nobody
-# knows of it. So an instance tells with its `extend` which tokens it knows, and gets its others released.
-#
-# The first write of a script takes away. Redis without memory refuses scripts whose first write may add:
-# that shall meet `submit`, whose client can be told, and never a report.
 
 LUA_CLOCK = "local time = redis.call('TIME') local now = time[1] * 1000 + math.floor(time[2] / 1000)"
 
 LUA_COMMON = """
 local P = KEYS[1]
 
-local function push(command, id)  -- LPUSH: last in line; RPUSH: first
-  if redis.call(command, P .. 'queue', id) == 1 then redis.call('PUBLISH', P .. 'wake', '') end
+local function may_write()  -- a first write that takes away nothing
+  redis.call('ZREM', P .. 'processing', '')
+end
+
+local function read(id, ...)  -- fields of a job; none if it was deleted, or its key is somebody else's
+  local held = redis.pcall('HMGET', P .. 'job:' .. id, ...)
+  if held.err and not string.find(held.err, 'WRONGTYPE') then error(held.err, 0) end
+  return held.err and {} or held
+end
+
+local function is_known(status)
+  return status == 'pending' or status == 'processing' or status == 'completed' or status == 'failed'
+end
+
+local function is_stray(id, status, place)
+  if status then return status ~= place and is_known(status) end
+  local fields = redis.pcall('HLEN', P .. 'job:' .. id)
+  return type(fields) == 'table' or fields == 0  -- no job; otherwise somebody deleted the status alone
+end
+
+local function is_number(text)
+  local number = tonumber(text or '')
+  return number and number >= 0 and number < 1e9
+end
+
+local function push(command, id)  -- LPUSH: last in line; RPUSH: first. The message is a hint, which may fail
+  if redis.call(command, P .. 'queue', id) == 1 then redis.pcall('PUBLISH', P .. 'wake', '') end
+end
+
+local function finish(id, status, ...)
+  redis.call('ZREM', P .. (status == 'failed' and 'completed' or 'failed'), id)  -- perhaps a stray
+  redis.call('ZADD', P .. status, now, id)
+  redis.call('HSET', P .. 'job:' .. id, 'status', status, 'finished_at', now, ...)
+  redis.call('ZREM', P .. 'processing', id)
+end
+
+local function fail_damaged(id, name, value)  -- a job whose fields somebody else has written to
+  finish(id, 'failed', 'error', 'the job is damaged: its ' .. name .. ' is ' .. (value or 'missing'), 'token', '')
 end
 
 local function take_back(id, attempts)  -- from a worker, whose late report will find no token
-  redis.call('HDEL', P .. 'job:' .. id, 'token')
-  redis.call('HSET', P .. 'job:' .. id, 'status', 'pending', 'attempts', attempts)
+  may_write()
   push('RPUSH', id)
+  redis.call('HSET', P .. 'job:' .. id, 'status', 'pending', 'attempts', attempts, 'token', '')
+  redis.call('ZREM', P .. 'processing', id)
 end
 
-local function finish(id, status, field, value)
-  redis.call('HSET', P .. 'job:' .. id, 'status', status, field, value, 'finished_at', now)
-  redis.call('ZADD', P .. status, now, id)
+local function give(id, token, lease, again)  -- a job to a worker; nothing if it cannot be run
+  local job_type, payload, attempts, max_retries, timeout, status, held_by = unpack(
+    read(id, 'job_type', 'payload', 'attempts', 'max_retries', 'timeout', 'status', 'token'))
+  if again and not (status == 'processing' and held_by == token) then return end
+  if not again and is_stray(id, status, 'pending') then return end
+  if not is_known(status) then return fail_damaged(id, 'status', status) end
+  if not job_type then return fail_damaged(id, 'job_type') end
+  if not payload then return fail_damaged(id, 'payload') end
+  if not is_number(attempts) then return fail_damaged(id, 'attempts', attempts) end
+  if not is_number(max_retries) then return fail_damaged(id, 'max_retries', max_retries) end
+  if not is_number(timeout) then return fail_damaged(id, 'timeout', timeout) end
+  attempts = attempts + (again and 0 or 1)
+  redis.call('ZADD', P .. 'processing', now + lease, id)
+  redis.call('HSET', P .. 'job:' .. id, 'status', 'processing', 'attempts', attempts, 'token', token, 'started_at', now)
+  return {redis.call('LLEN', P .. 'queue') - (again and 0 or 1), id, job_type, payload, attempts, tonumber(max_retries),
+    timeout * 1000}
 end
 
 local function claim(token, lease)  -- a Claim; false without a token, or when the queue is empty
-  local id = token ~= '' and redis.call('RPOP', P .. 'queue')
-  while id do
-    local job = P .. 'job:' .. id
-    local held = redis.call('HMGET', job, 'job_type', 'payload', 'attempts', 'max_retries', 'timeout')
-    if held[1] then
-      held[3] = held[3] + 1
-      redis.call('HSET', job, 'status', 'processing', 'attempts', held[3], 'token', token, 'started_at', now)
-      redis.call('ZADD', P .. 'processing', now + lease, id)
-      return {redis.call('LLEN', P .. 'queue'), id, unpack(held)}
-    end
-    id = redis.call('RPOP', P .. 'queue')  -- somebody deleted the job
+  if token == '' then return false end
+  local worker, number = string.match(token, '^(.*):(.*)$')
+  local last = redis.call('GET', P .. 'claim:' .. worker)  -- number and job of its last claim
+  if last and string.sub(last, 1, #number + 1) == number .. ' ' then  -- this very one, whose reply was lost
+    local claimed = give(string.sub(last, #number + 2), token, lease, true)
+    if claimed then return claimed end
   end
-  return false
-end
-
--- Report, then claim: a crash in between repeats a job, the other order would lose one.
-local function report(change)  -- ARGV: id, token, next token or '', lease in ms, …
-  local id, accepted = ARGV[1], 0
-  local job = P .. 'job:' .. id
-  local held = redis.call('HMGET', job, 'token', 'status', 'attempts', 'error')
-  if held[1] == ARGV[2] then
-    accepted = 1
-    if held[2] == 'processing' then  -- otherwise this very report came before
-      redis.call('ZREM', P .. 'processing', id)
-      change(id, job, held)
-    end
+  while true do
+    local id = redis.call('LINDEX', P .. 'queue', -1)
+    if not id then return false end
+    redis.call('SET', P .. 'claim:' .. worker, number .. ' ' .. id, 'PX', 60000)
+    local claimed = give(id, token, lease)
+    redis.call('RPOP', P .. 'queue')
+    if claimed then return claimed end
   end
-  return {accepted, claim(ARGV[3], ARGV[4])}
 end
 """
 
 SCRIPTS = {
-    # key or '', what to keep for it, (id, job type, payload, retries, timeout, delay in ms) … → what is kept.
-    # Sent again, it changes nothing.
+    # key or '', what to keep for it, (id, job type, payload, retries, timeout, delay in ms) … → what is kept
     "submit": """
-        local key = P .. 'idempotency:' .. ARGV[1]
+        local key, answer = P .. 'idempotency:' .. ARGV[1], ARGV[2]
         local kept = ARGV[1] ~= '' and redis.call('GET', key)
         if kept then return kept end
-        local last = redis.call('ZREVRANGE', P .. 'history', 0, 0, 'WITHSCORES')
-        local number = tonumber(last[2] or 0)
-        for i = 3, #ARGV, 6 do
-          local id, delay = ARGV[i], tonumber(ARGV[i + 5])
-          local job = P .. 'job:' .. id
-          if redis.call('EXISTS', job) == 0 then
-            number = number + 1
-            redis.call('HSET', job, 'job_type', ARGV[i + 1], 'payload', ARGV[i + 2], 'status', 'pending',
-              'attempts', 0, 'max_retries', ARGV[i + 3], 'timeout', ARGV[i + 4], 'created_at', now)
-            redis.call('ZADD', P .. 'history', number, id)
-            if delay > 0 then
-              redis.call('HSET', job, 'due_at', now + delay)
-              redis.call('ZADD', P .. 'delayed', now + delay, id)
-            else
-              push('LPUSH', id)
+        local stored, pushed = {}, 0
+        local function store(number, id, job_type, payload, max_retries, timeout, delay)
+          redis.call('HSET', P .. 'job:' .. id, 'job_type', job_type, 'payload', payload, 'status', 'pending',
+            'attempts', 0, 'max_retries', max_retries, 'timeout', timeout, 'created_at', now)
+          stored[#stored + 1] = id
+          redis.call('ZADD', P .. 'history', number, id)
+          if delay > 0 then
+            redis.call('HSET', P .. 'job:' .. id, 'due_at', now + delay)
+            redis.call('ZADD', P .. 'delayed', now + delay, id)
+          else
+            push('LPUSH', id)
+            pushed = pushed + 1
+          end
+        end
+        local function store_all()
+          local last = redis.call('ZREVRANGE', P .. 'history', 0, 0, 'WITHSCORES')
+          local number = tonumber(last[2] or 0)
+          for i = 3, #ARGV, 6 do
+            if redis.call('EXISTS', P .. 'job:' .. ARGV[i]) == 0 then  -- otherwise this submission came before
+              number = number + 1
+              store(number, ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], tonumber(ARGV[i + 5]))
             end
           end
+          if ARGV[1] ~= '' then redis.call('SET', key, answer, 'EX', 86400) end
         end
-        if ARGV[1] ~= '' then redis.call('SET', key, ARGV[2], 'EX', 86400) end
-        return ARGV[2]""",
-    # token, lease in ms → a Claim or nothing
-    "claim": "return claim(ARGV[1], ARGV[2])",
-    # Reports, → whether it was accepted, and the next Claim or nothing. ARGV[5]: the result
-    "complete": """
-        return report(function(id, job, held)
-          if held[4] then redis.call('HDEL', job, 'error') end
-          finish(id, 'completed', 'result', ARGV[5])
-        end)""",
-    # … the error
-    "fail": "return report(function(id) finish(id, 'failed', 'error', ARGV[5]) end)",
-    # … the error, delay in ms
-    "retry": """
-        return report(function(id, job)
-          redis.call('HSET', job, 'status', 'pending', 'error', ARGV[5], 'due_at', now + ARGV[6])
-          redis.call('ZADD', P .. 'delayed', now + ARGV[6], id)
-        end)""",
-    # … nothing more: to the front of the queue, and the attempt does not count
-    "release": "return report(function(id, _, held) take_back(id, held[3] - 1) end)",
-    # instance, number of its latest claim, lease in ms, token … → now, and those that hold no job
-    "extend": """
-        local known, lost = {}, {}
-        for i = 4, #ARGV do known[ARGV[i]] = true end
-        for _, id in ipairs(redis.call('ZRANGE', P .. 'processing', 0, -1)) do
-          local held = redis.call('HMGET', P .. 'job:' .. id, 'token', 'attempts')
-          local instance, number = string.match(held[1] or '', '^(.*):(%d+)$')
-          if known[held[1]] then
-            known[held[1]] = nil
-            redis.call('ZREM', P .. 'processing', id)
-            redis.call('ZADD', P .. 'processing', now + ARGV[3], id)
-          elseif instance == ARGV[1] and tonumber(number) <= tonumber(ARGV[2]) then
-            redis.call('ZREM', P .. 'processing', id)
-            take_back(id, held[2] - 1)
-          end
-        end
-        for token in pairs(known) do lost[#lost + 1] = token end
-        return {now, lost}""",
-    # most jobs to move, until when to end leases, retention in ms → how many are ready to run, ms until
-    # there is more to do (-1: not known of), and the jobs whose lease ended: id, type, attempts, new status
-    "sweep": """
-        local most, ended, more = tonumber(ARGV[1]), {}, false
-        local function due(place, time)
-          local ids = redis.call('ZRANGEBYSCORE', P .. place, '-inf', time, 'LIMIT', 0, most)
-          more = more or #ids == most
-          for _, id in ipairs(ids) do redis.call('ZREM', P .. place, id) end
-          return ids
-        end
-        for _, id in ipairs(due('delayed', now)) do push('LPUSH', id) end
-        for _, id in ipairs(now <= tonumber(ARGV[2]) and due('processing', now) or {}) do
-          local job = P .. 'job:' .. id
-          local held = redis.call('HMGET', job, 'attempts', 'max_retries', 'job_type')
-          if held[1] and tonumber(held[1]) <= tonumber(held[2]) then
-            take_back(id, held[1])
-            ended[#ended + 1] = {id, held[3], held[1], 'pending'}
-          elseif held[1] then
-            redis.call('HDEL', job, 'token')
-            finish(id, 'failed', 'error',
-              'the worker died, or was silent for longer than its lease, in each attempt')
-            ended[#ended + 1] = {id, held[3], held[1], 'failed'}
-          end
-        end
-        for _, place in ipairs(tonumber(ARGV[3]) > 0 and {'completed', 'failed'} or {}) do
-          for _, id in ipairs(due(place, now - ARGV[3])) do
+        local done, problem = pcall(store_all)
+        if not done then  -- all or none
+          if pushed > 0 then redis.call('LTRIM', P .. 'queue', pushed, -1) end
+          for _, id in ipairs(stored) do
+            redis.call('ZREM', P .. 'delayed', id)
             redis.call('ZREM', P .. 'history', id)
             redis.call('DEL', P .. 'job:' .. id)
           end
+          error(problem, 0)
+        end
+        return answer""",
+    # token, lease in ms → a Claim or nothing
+    "claim": "may_write() return claim(unpack(ARGV))",
+    # … → whether the report was accepted, and the next Claim or nothing. Report first: a crash between the
+    # two would repeat a job, in the other order it would lose one.
+    "report": """
+        local id, token, transition, text, attempts, delay, next_token, lease = unpack(ARGV)
+        local job, held = P .. 'job:' .. id, read(id, 'token', 'status', 'error')
+        local accepted = held[1] == token
+        if not accepted or held[2] ~= 'processing' then  -- refused, or this very report came before
+          may_write()
+        elseif transition == 'complete' then
+          finish(id, 'completed', 'result', text)
+          if held[3] then redis.call('HDEL', job, 'error') end  -- of an earlier attempt
+        elseif transition == 'fail' then
+          finish(id, 'failed', 'error', text)
+        elseif transition == 'release' then
+          take_back(id, attempts)
+        else  -- retry; or defer, which leaves the error as it was
+          may_write()
+          redis.call('ZADD', P .. 'delayed', now + delay, id)
+          redis.call('HSET', job, 'status', 'pending', 'attempts', attempts, 'due_at', now + delay,
+            unpack(transition == 'retry' and {'error', text} or {}))
+          redis.call('ZREM', P .. 'processing', id)
+        end
+        return {accepted and 1 or 0, claim(next_token, lease)}""",
+    # lease in ms, (id, token) … → now, the tokens that hold no job, those that a DELETE asks to be cancelled
+    "renew": """
+        local lease, lost, cancelled = ARGV[1], {}, {}
+        may_write()
+        for i = 2, #ARGV, 2 do
+          local id, token = ARGV[i], ARGV[i + 1]
+          local held = read(id, 'token', 'status', 'cancel')
+          if held[1] ~= token or is_stray(id, held[2], 'processing') then
+            lost[#lost + 1] = token
+          else
+            redis.call('ZADD', P .. 'processing', now + lease, id)
+            if held[3] then cancelled[#cancelled + 1] = token end
+          end
+        end
+        return {now, lost, cancelled}""",
+    # most jobs to move, until when to end leases, retention in ms or 0, finished jobs to keep or 0 → how many are
+    # ready to run, ms until there is more to do (-1: not known of), the jobs whose lease ended: id, type, attempts,
+    # new status
+    "sweep": """
+        local most, end_leases_by, retention, keep = unpack(ARGV)
+        local ended, more = {}, false
+        may_write()
+        local function due(place, time)
+          local ids = redis.call('ZRANGEBYSCORE', P .. place, '-inf', time, 'LIMIT', 0, most)
+          more = more or #ids == tonumber(most)
+          return ids
+        end
+        for _, id in ipairs(due('delayed', now)) do
+          if not is_stray(id, read(id, 'status')[1], 'pending') then push('LPUSH', id) end
+          redis.call('ZREM', P .. 'delayed', id)
+        end
+        for _, id in ipairs(now <= tonumber(end_leases_by) and due('processing', now) or {}) do
+          local status, job_type, attempts, max_retries, cancel =
+            unpack(read(id, 'status', 'job_type', 'attempts', 'max_retries', 'cancel'))
+          if is_stray(id, status, 'processing') then
+            redis.call('ZREM', P .. 'processing', id)
+          else
+            local new_status = 'failed'
+            if cancel then
+              finish(id, 'failed', 'error', 'cancelled', 'token', '')
+            elseif not is_number(attempts) then
+              fail_damaged(id, 'attempts', attempts)
+            elseif not is_number(max_retries) then
+              fail_damaged(id, 'max_retries', max_retries)
+            elseif tonumber(attempts) > tonumber(max_retries) then
+              local error = 'the worker died, or was silent for longer than its lease, in each attempt'
+              finish(id, 'failed', 'error', error, 'token', '')
+            else
+              take_back(id, attempts)
+              new_status = 'pending'
+            end
+            ended[#ended + 1] = {id, job_type or '', attempts or '', new_status}
+          end
+        end
+        local finished = redis.call('ZCARD', P .. 'completed') + redis.call('ZCARD', P .. 'failed')
+        local too_many = tonumber(keep) > 0 and finished - keep or 0
+        local too_old = tonumber(retention) > 0 and now - retention or -1
+        for i = 1, most do
+          local place, id, time
+          for _, each in ipairs({'completed', 'failed'}) do
+            local oldest = redis.call('ZRANGE', P .. each, 0, 0, 'WITHSCORES')
+            if oldest[1] and (not time or tonumber(oldest[2]) < time) then
+              place, id, time = each, oldest[1], tonumber(oldest[2])
+            end
+          end
+          if not id or i > too_many and time > too_old then break end
+          more = more or i == tonumber(most)
+          if not is_stray(id, read(id, 'status')[1], place) then
+            redis.call('ZREM', P .. 'history', id)
+            redis.call('DEL', P .. 'job:' .. id)
+          end
+          redis.call('ZREM', P .. place, id)
         end
         local next_due = redis.call('ZRANGE', P .. 'delayed', 0, 0, 'WITHSCORES')[2]
         local wait = more and 0 or next_due and math.max(0, next_due - now) or -1
         return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
-    # status or '' for all, cursor or '', limit, field … → next cursor or '', ids, their fields, counts
+    # status or '' for all, cursor or '', limit, most bytes, field … → next cursor or '', ids, their fields, counts
     "page": """
-        local status, cursor, limit = ARGV[1], ARGV[2], ARGV[3] + 1  -- one more, which tells of the next page
-        local ids, next_cursor = {}, ''
+        local status, cursor, limit, bytes = unpack(ARGV, 1, 4)
+        local wanted = limit + 1  -- the one more tells that there is a next page
+        local ids, jobs, size = {}, {}, 0
         local function behind_cursor(place)  -- of a sorted set; nothing when the cursor is not in it
           local rank = cursor == '' and -1 or redis.call('ZREVRANK', P .. place, cursor)
-          return rank and redis.call('ZREVRANGE', P .. place, rank + 1, rank + limit)
+          return rank and redis.call('ZREVRANGE', P .. place, rank + 1, rank + wanted)
         end
         if status == '' then
           local newest = cursor == '' and '+inf' or '(' .. cursor
-          ids = redis.call('ZREVRANGEBYSCORE', P .. 'history', newest, '-inf', 'LIMIT', 0, limit)
+          ids = redis.call('ZREVRANGEBYSCORE', P .. 'history', newest, '-inf', 'LIMIT', 0, wanted)
         elseif status == 'pending' then  -- the delayed ones, then the queue
           local delayed = behind_cursor('delayed')
           local first = delayed and 0 or (redis.call('LPOS', P .. 'queue', cursor) or -2) + 1
           ids = delayed or {}
-          if #ids < limit and first >= 0 then
-            for _, id in ipairs(redis.call('LRANGE', P .. 'queue', first, first + limit - #ids - 1)) do
+          if #ids < wanted and first >= 0 then
+            for _, id in ipairs(redis.call('LRANGE', P .. 'queue', first, first + wanted - #ids - 1)) do
               ids[#ids + 1] = id
             end
           end
-        elseif status == 'processing' then  -- by their start: there, each `extend` changes the order
-          local function start(id)
-            return (redis.call('HGET', P .. 'job:' .. id, 'started_at') or '') .. id
-          end
+        elseif status == 'processing' then  -- by their start: there, each renewal changes the order
+          local function start(id) return (read(id, 'started_at')[1] or '') .. id end
           local last, starts = cursor == '' and '~' or start(cursor), {}
           for _, id in ipairs(redis.call('ZRANGE', P .. 'processing', 0, -1)) do
             starts[id] = start(id)
             if starts[id] < last then ids[#ids + 1] = id end
           end
           table.sort(ids, function(a, b) return starts[a] > starts[b] end)
-          for i = #ids, limit + 1, -1 do ids[i] = nil end
         else
           ids = behind_cursor(status) or {}
         end
-        if #ids == limit then
-          ids[limit] = nil
-          next_cursor = ids[limit - 1]
-          if status == '' then next_cursor = redis.call('ZSCORE', P .. 'history', next_cursor) end
+        while #jobs < math.min(#ids, limit) and size < tonumber(bytes) do
+          local held = read(ids[#jobs + 1], unpack(ARGV, 5))
+          for i = 5, #ARGV do size = size + #(held[i - 4] or '') end
+          jobs[#jobs + 1] = held
         end
-        local jobs = {}
-        for i, id in ipairs(ids) do jobs[i] = redis.call('HMGET', P .. 'job:' .. id, unpack(ARGV, 4)) end
+        local next_cursor = #jobs < #ids and ids[#jobs] or ''
+        if status == '' and next_cursor ~= '' then
+          next_cursor = redis.call('ZSCORE', P .. 'history', next_cursor)
+        end
         local counts = {redis.call('LLEN', P .. 'queue') + redis.call('ZCARD', P .. 'delayed')}
         for _, place in ipairs({'processing', 'completed', 'failed'}) do
           counts[#counts + 1] = redis.call('ZCARD', P .. place)
         end
         return {next_cursor, ids, jobs, counts}""",
-    # id … → those of the jobs that have ended, or are unknown
-    "ended": """
-        local ended = {}
+    # id … → those of the jobs that are finished, or unknown
+    "finished": """
+        local finished = {}
         for _, id in ipairs(ARGV) do
-          local status = redis.call('HGET', P .. 'job:' .. id, 'status')
-          if status ~= 'pending' and status ~= 'processing' then ended[#ended + 1] = id end
+          local status = read(id, 'status')[1]
+          if status ~= 'pending' and status ~= 'processing' then finished[#finished + 1] = id end
         end
-        return ended""",
-    # id → the status that it had; nothing for an unknown job. What waits or runs fails; its worker will see.
+        return finished""",
+    # id, fencing token, job type whose handlers cannot be interrupted … → the status that it had, or nothing for an
+    # unknown job. What waits or runs fails; if a thread runs it, its worker is asked, and says what became of it.
     "cancel": """
-        local job = P .. 'job:' .. ARGV[1]
-        local status = redis.call('HGET', job, 'status')
-        if status == 'pending' or status == 'processing' then
-          for _, place in ipairs({'processing', 'delayed'}) do redis.call('ZREM', P .. place, ARGV[1]) end
-          if status == 'pending' then redis.call('LREM', P .. 'queue', -1, ARGV[1]) end
-          redis.call('HDEL', job, 'token')
-          finish(ARGV[1], 'failed', 'error', 'cancelled')
+        local id, token = unpack(ARGV)
+        local status, owner, job_type = unpack(read(id, 'status', 'token', 'job_type'))
+        if owner == token then return 'pending' end  -- this very request came before
+        if not status or status == 'completed' or status == 'failed' then return status end
+        may_write()
+        for i = 3, #ARGV do
+          if status == 'processing' and ARGV[i] == job_type then
+            redis.call('HSET', P .. 'job:' .. id, 'cancel', 1)
+            return status
+          end
         end
+        finish(id, 'failed', 'error', 'cancelled', 'token', token)
+        redis.call('ZREM', P .. 'delayed', id)
+        if status ~= 'processing' then redis.call('LREM', P .. 'queue', -1, id) end
         return status""",
+    # command … → those that this user may not run. On a key of another type they do nothing else than be refused.
+    "rights": """
+        local missing = {}
+        for _, command in ipairs(ARGV) do
+          if redis.pcall('SET', P .. 'wake', '', 'PX', 1000).err then return {'SET'} end
+          for count = 0, 4 do
+            local reply = redis.pcall(command, unpack({P .. 'wake', '0', '0', '0'}, 1, count))
+            local problem = type(reply) == 'table' and reply.err or ''
+            if string.find(problem, 'user executing the script') or string.find(problem, 'NOPERM') then
+              missing[#missing + 1] = command
+              break
+            end
+            if not string.find(problem, 'number of arg') then break end
+          end
+        end
+        redis.pcall('DEL', P .. 'wake')
+        return missing""",
 }
+COMMANDS = sorted(set(re.findall(r"(?:call|push)\('([A-Z]+)'", LUA_CLOCK + LUA_COMMON + "".join(SCRIPTS.values()))))
+RIGHTS = "~{jobqueue}:* &{jobqueue}:* +@read +@write +@scripting +@pubsub +@connection +time +info"
 
 
-class Outcome(NamedTuple):
-    """What became of a claim: the transition to make, and what its script wants beside id and token."""
+class Report(NamedTuple):
+    """What became of an attempt, as its worker tells Redis."""
 
     claim: Claim
-    transition: str  # complete, retry, fail or release
-    arguments: tuple[str | int, ...] = ()
+    transition: str  # complete, fail, retry, defer or release
+    text: str = ""  # the result as JSON, or the error
+    delay: float = 0  # seconds, before a retry or after a defer
 
 
 class Sweep(NamedTuple):
@@ -883,7 +1091,7 @@ class Page(NamedTuple):
 
 
 class Store:
-    """The state of all jobs. Every method is one atomic step; when its reply was lost, take it again.
+    """The state of all jobs. Every method is one atomic step; when its reply was lost, it can be taken again.
 
     All raise redis.RedisError: ConnectionError or TimeoutError when Redis is away, ResponseError when it
     refuses. `clock` is Lua that sets `now`, in milliseconds; tests bring their own.
@@ -899,12 +1107,18 @@ class Store:
         }
 
     async def _run(self, name: str, *arguments: str | int) -> Any:
+        return await self._twice(*self._calls[name], *arguments)
+
+    async def _twice(self, *command: str | int) -> Any:
+        """The reply to a command, which is sent again if the first reply was lost, or Redis is a new one."""
         try:
-            return await self._pipeline.call(*self._calls[name], *arguments)
-        except redis.exceptions.NoScriptError:  # a new Redis, which did nothing
+            return await self._pipeline.call(*command)
+        except redis.exceptions.NoScriptError:
             for text in self._texts.values():
                 await self._pipeline.call("SCRIPT", "LOAD", text)
-            return await self._pipeline.call(*self._calls[name], *arguments)
+        except (redis.ConnectionError, redis.TimeoutError):
+            pass
+        return await self._pipeline.call(*command)
 
     async def submit(self, jobs: Sequence[NewJob], key: str = "", request: str = "") -> list[str] | None:
         """Put jobs into the queue, or into `delayed`, all or none; their ids.
@@ -923,67 +1137,82 @@ class Store:
         return first_ids if first_request == request else None
 
     async def report_and_claim(
-        self, outcome: Outcome | None, token: str, lease: float
+        self, report: Report | None, token: str, lease: float
     ) -> tuple[bool, Claim | None]:
-        """Report if there is an outcome, and claim for `lease` seconds if there is a token.
+        """Report if there is a report, and claim for `lease` seconds if there is a fencing token.
 
-        The answer: False if the report was refused, since its lease was lost; and the job, if there was one.
+        A token is "<worker>:<number>", new for each claim; sent again, it gets the same job. The answer: False if
+        the report was refused, since the job has another token by now; and the job, if there was one.
         """
-        ms = _milliseconds(lease)
-        if outcome:
-            claim, transition, arguments = outcome
-            accepted, claimed = await self._run(transition, claim.id, claim.token, token, ms, *arguments)
+        claiming = token, _milliseconds(lease)
+        accepted = 1
+        if report:
+            claim, transition, text, delay = report
+            attempts = claim.attempts - (transition in ("release", "defer"))  # these do not count
+            reporting = claim.id, claim.token, transition, text, attempts, _milliseconds(delay)
+            accepted, claimed = await self._run("report", *reporting, *claiming)
         else:
-            accepted, claimed = 1, await self._run("claim", token, ms)
+            claimed = await self._run("claim", *claiming)
         return accepted == 1, _claim(token, claimed) if claimed else None
 
-    async def extend(
-        self, instance: str, latest: int, tokens: Iterable[str], lease: float
-    ) -> tuple[int, list[str]]:
-        """Let the leases of these tokens end `lease` seconds from now.
+    async def renew(self, claims: Iterable[Claim], lease: float) -> tuple[int, list[str], list[str]]:
+        """Let the leases of these claims end `lease` seconds from now.
 
-        The answer: Redis's time, in milliseconds, and those of the tokens that hold no job.
-        Jobs that `instance` claimed up to its claim number `latest`, with a token not among these, are
-        released: the reply to that claim was lost.
+        The answer: Redis's time, in milliseconds; the tokens of those that lost their job; and of those that
+        somebody asked to be cancelled.
         """
-        now, lost = await self._run("extend", instance, latest, _milliseconds(lease), *tokens)
-        return now, lost
+        pairs = [text for claim in claims for text in (claim.id, claim.token)]
+        now, lost, cancelled = await self._run("renew", _milliseconds(lease), *pairs)
+        return now, lost, cancelled
 
-    async def sweep(self, retention: float, end_leases_by: int = 1 << 53, most: int = 500) -> Sweep:
-        """Queue what is due, take back what has no living worker, delete what is older than `retention`.
+    async def sweep(self, retention: float, keep: int = 0, end_leases_by: int = 1 << 53, most: int = 500) -> Sweep:
+        """Queue what is due, take back what has no living worker, and delete finished jobs.
 
-        Each at `most` so many times; if there was more, the wait is 0. With `retention` 0 nothing is deleted.
-        When Redis's time is past `end_leases_by`, in milliseconds, nothing is taken back: a sweep that was
-        held up, as those of others who would extend their leases were, must not do that.
+        Those that are older than `retention` seconds, and the oldest when there are more than `keep`; with 0 there is
+        no such limit. Each at `most` so many times; if there was more, the wait is 0. When Redis's time is past
+        `end_leases_by`, in milliseconds, nothing is taken back: a sweep that was held up, as the renewals of others
+        may have been, must not do that.
         """
-        arguments = (most, end_leases_by, _milliseconds(retention))
+        arguments = (most, end_leases_by, _milliseconds(retention), keep)
         ready, wait, ended = await self._run("sweep", *arguments)
         return Sweep(ready, math.inf if wait < 0 else wait / 1000, ended)
 
-    async def cancel(self, job_id: str) -> Status | None:
+    async def cancel(self, job_id: str) -> str | None:
         """Let a job that waits or runs end as failed; the status that it had, None if it is unknown."""
-        status = await self._run("cancel", job_id)
-        return Status(status) if status else None
+        threads = [job_type for job_type, handler in HANDLERS.items() if not handler.is_async]
+        status: str | None = await self._run("cancel", job_id, f"cancel:{uuid.uuid4()}", *threads)
+        return status
 
-    async def ended(self, job_ids: Iterable[str]) -> list[str]:
-        """Those of the jobs that have ended, or are unknown."""
-        return list(await self._run("ended", *job_ids))
+    async def finished(self, job_ids: Iterable[str]) -> list[str]:
+        """Those of the jobs that are finished, or unknown."""
+        return list(await self._run("finished", *job_ids))
 
-    async def get(self, job_id: str) -> tuple[Status, str] | None:
+    async def get(self, job_id: str) -> tuple[str, str] | None:
         """The status of a job and all of it as JSON; None if it is unknown."""
-        values = await self._pipeline.call("HMGET", f"{self.prefix}job:{job_id}", "status", *FIELDS)
-        return (Status(values[0]), job_json(job_id, values[1:])) if values[0] else None
+        values = await self._twice("HMGET", f"{self.prefix}job:{job_id}", "status", *FIELDS)
+        return (values[0] or "", job_json(job_id, values[1:])) if any(values) else None
 
-    async def page(self, status: Status | None, cursor: str, limit: int) -> Page:
-        """At most `limit` jobs behind the cursor, or from the newest on if it is empty.
+    async def page(
+        self, status: Status | None, cursor: str, limit: int, most_bytes: int = 1 << 30
+    ) -> Page:
+        """At most `limit` jobs behind the cursor, or from the newest on if it is empty; fewer, if they are large.
 
-        They are ordered newest first: by submission, or with a `status` by when they began to run, ended, or
+        They are ordered newest first: by submission, or with a `status` by when they began to run, finished, or
         will be due.
         """
-        following, ids, jobs, counts = await self._run("page", status or "", cursor, limit, *FIELDS)
-        rows = zip(ids, jobs, strict=True)
-        found = [job_json(id_, values) for id_, values in rows if values[0] is not None]
+        following, ids, jobs, counts = await self._run("page", status or "", cursor, limit, most_bytes, *FIELDS)
+        rows = zip(ids, jobs, strict=False)  # the jobs may be fewer
+        found = [job_json(id_, values) for id_, values in rows if any(values)]
         return Page(following, found, dict(zip(Status, counts, strict=True)))
+
+    async def eviction_policy(self) -> str:
+        """What Redis does when its memory is full, such as "noeviction"; empty if it does not say."""
+        found = re.search(r"maxmemory_policy:(\S+)", await self._pipeline.call("INFO", "memory"))
+        return found[1] if found else ""
+
+    async def missing_rights(self) -> list[str]:
+        """The Redis commands that the scripts need and this user may not run."""
+        return list(await self._run("rights", *COMMANDS))
 
 
 def _milliseconds(seconds: float) -> int:
@@ -992,82 +1221,87 @@ def _milliseconds(seconds: float) -> int:
 
 def _claim(token: str, reply: list[Any]) -> Claim:
     behind, job_id, job_type, payload, attempts, max_retries, timeout = reply
-    return Claim(token, behind, job_id, job_type, payload, int(attempts), int(max_retries), float(timeout))
+    return Claim(token, behind, job_id, job_type, payload, attempts, max_retries, timeout / 1000)
 
 
 # ── Workers ─────────────────────────────────────────────────────────────────────────────────────
 
-TICK_SECONDS = 0.5  # how often leases are extended and the queue is swept
-CALM_SECONDS = 1.0  # after Redis was away, all instances get so long to extend before leases may end
+TICK_SECONDS = 0.5  # how often leases are renewed and the queue is swept
+SWEEP_PAUSE_SECONDS = 0.01  # between two sweeps, when jobs fall due one after the other
 AGAIN_SECONDS = 0.2  # how long to wait before a call that failed is made again
+CALM_SECONDS = REPLY_SECONDS + 1.5  # after Redis was away: the last of the other instances notices so much later
+UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of a job
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
+SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked whether the connection still stands
 
 
-class Bell:
-    """Wakes workers when there may be work. It is a hint, never state: who is woken looks for himself."""
+class Notifier:
+    """Wakes workers when there may be work. It is a hint, never state: a worker that wakes up claims again."""
 
     def __init__(self) -> None:
-        self.rings = 0
+        self.count = 0
         self._sleepers = trio.lowlevel.ParkingLot()
 
-    def ring(self, jobs: float = math.inf) -> None:
+    def notify(self, jobs: float = math.inf) -> None:
         """Wake as many workers as there are jobs."""
         if jobs:
-            self.rings += 1
+            self.count += 1
             if self._sleepers:
                 self._sleepers.unpark(count=jobs)
 
-    async def wait(self, rings: int) -> None:
-        """Wait for the next ring, but not if there was one since `rings` was read."""
-        if self.rings == rings:
+    async def wait(self, seen: int) -> None:
+        """Wait for the next notification, but not if there was one since `count` was `seen`."""
+        if self.count == seen:
             await self._sleepers.park()
 
 
-@dataclass(slots=True)
-class Run:
-    """A job being run here."""
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One execution of a job's handler, here and now."""
 
     claim: Claim
-    scope: trio.CancelScope  # to cancel it by
-    begun: float  # on Trio's clock, like the deadline
-    deadline: float
-    result: str | None = None  # as JSON
-    error: str = ""
+    scope: trio.CancelScope  # it is cancelled at the deadline, or for one of the two reasons below
+    begun: float  # on Trio's clock
+    lost: bool = False  # the lease: the job is somebody else's
+    cancelled: bool = False  # by a DELETE
+    overstays: int = 0  # ticks since its scope was cancelled
 
 
-class Crew:
-    """What the workers of one process share, and the steps of their work: next, begin, end."""
+class WorkerPool:
+    """What the workers of one process share."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
         self.settings = settings
-        self.bell = Bell()
+        self.notifier = Notifier()
         self.stopping = trio.Event()  # set at shutdown: nothing more is claimed
         self.deadline = math.inf  # when whatever still runs is cancelled, on Trio's clock
+        self.crashed = False  # whether a task failed: the exit status
         self.requests = trio.CancelScope()  # around all that serve HTTP
         self.instance = secrets.token_hex(6)
-        self.claims = 0
-        self.tokens: set[str] = set()  # on their way to Redis, or in use there
-        self.runs: dict[str, Run] = {}  # by token; who is no longer in here has lost his lease
-        self.ran: set[str] = set()  # types of the jobs that ended in the last tick
-        self.ends: WeakValueDictionary[str, trio.Event] = WeakValueDictionary()  # by job id: of the awaited
+        self.numbers = itertools.count(1)  # of claims
+        self.attempts: dict[str, Attempt] = {}  # by fencing token
+        self.recent_types: set[str] = set()  # of the attempts that ended in the last tick
+        self.unknown_types: set[str] = set()  # that were logged already
+        self.waiters: WeakValueDictionary[str, trio.Event] = WeakValueDictionary()  # by the id of the job
+        self.end_leases_by = 0  # Redis's time, in milliseconds; after it a sweep leaves leases alone
         self.quiet_until = -math.inf  # about refusals
 
     def stop(self, grace: float) -> None:
         """Claim nothing more, and cancel in `grace` seconds what still runs then."""
-        self.deadline = trio.current_time() + grace
+        self.deadline = min(self.deadline, trio.current_time() + grace)
         self.requests.deadline = self.deadline
-        for run in self.runs.values():
-            run.scope.deadline = run.deadline = min(run.deadline, self.deadline)
+        for attempt in self.attempts.values():
+            attempt.scope.deadline = min(attempt.scope.deadline, self.deadline)
         self.stopping.set()
-        self.bell.ring()
-        self.announce(list(self.ends))
+        self.notifier.notify()
+        self.answer_waiters(list(self.waiters))
 
-    def announce(self, job_ids: Iterable[str]) -> None:
-        """Wake who waits for the end of these jobs."""
+    def answer_waiters(self, job_ids: Iterable[str]) -> None:
+        """Wake the requests that wait for one of these jobs to finish."""
         for job_id in job_ids:
-            if job_id in self.ends:
-                self.ends[job_id].set()
+            if (event := self.waiters.get(job_id)) is not None:
+                event.set()
 
     def refused(self, error: redis.RedisError) -> None:
         """Log what Redis refuses, but not all the time; that it is away is for the pipeline to say."""
@@ -1075,184 +1309,275 @@ class Crew:
             self.quiet_until = trio.current_time() + QUIET_SECONDS
             log.error("Redis refused: %s", error)
 
-    async def next(self, outcome: Outcome | None) -> Claim | None:
-        """Report what became of the last job, until Redis has it, and claim another; None when stopping."""
-        lease = self.settings.lease_seconds
-        while outcome or not self.stopping.is_set():
-            rings = self.bell.rings
-            token = "" if self.stopping.is_set() else self._new_token()
+    async def next(self, worker: str, report: Report | None) -> Claim | None:
+        """Report on the last job, until Redis has it, and claim another; None when the pool is stopping.
+
+        What has no reply yet is said again, with the same tokens.
+        """
+        token = ""  # of a claim that has no reply yet
+        while True:
+            seen = self.notifier.count  # read before the claim: what is submitted after it ends the wait below
+            if not self.stopping.is_set():
+                token = token or f"{worker}:{next(self.numbers)}"
+            elif not report and not token:
+                return None
             try:
-                accepted, claim = await self.store.report_and_claim(outcome, token, lease)
+                lease = self.settings.lease_seconds
+                accepted, claim = await self.store.report_and_claim(report, token, lease)
             except redis.RedisError as error:
                 self.refused(error)
-                self.tokens.discard(token)  # should it hold a job, `extend` will have that released
-                if trio.current_time() >= self.deadline:
-                    if outcome:
-                        log.warning("job %s: if it was not reported, it runs again", outcome.claim.id)
+                if report and trio.current_time() >= self.deadline:
+                    log.warning("job %s: if it was not reported, it runs again", report.claim.id)
                     return None
-                await trio.sleep(AGAIN_SECONDS)
+                if report:
+                    await trio.sleep(AGAIN_SECONDS)
+                elif self.stopping.is_set():
+                    return None
+                else:
+                    await self.notifier.wait(seen)  # for the first sweep that succeeds
                 continue
-            if outcome:
-                self.tokens.discard(outcome.claim.token)
-                if not accepted:
-                    log.warning("job %s: report refused: too late, or sent twice", outcome.claim.id)
-                elif self.ends and outcome.transition in ("complete", "fail"):
-                    self.announce([outcome.claim.id])
-                outcome = None
-            if claim:
-                self.bell.ring(claim.behind)
+            if report:
+                self._reported(report, accepted)
+            report, token = None, ""
+            if claim and self.stopping.is_set():
+                report = Report(claim, "release")
+            elif claim:
+                self.notifier.notify(claim.behind)
                 return claim
-            self.tokens.discard(token)
-            if token:
-                await self.bell.wait(rings)
-        return None
+            elif not self.stopping.is_set():  # later there are no more notifications
+                await self.notifier.wait(seen)
 
-    def _new_token(self) -> str:
-        self.claims += 1
-        token = f"{self.instance}:{self.claims}"
-        self.tokens.add(token)
-        return token
-
-    def begin(self, claim: Claim, scope: trio.CancelScope) -> Run:
-        """Take note of a run in this scope: now its lease is extended, and its time is limited."""
-        now = trio.current_time()
-        run = Run(claim, scope, now, deadline=min(now + claim.timeout, self.deadline))
-        if run.deadline < now + 2 * TICK_SECONDS:  # too soon to leave it to keep_time
-            scope.deadline = run.deadline
-        self.runs[claim.token] = run
-        current_job.set(claim.id)
-        log.info("%s, attempt %d of %d", claim.job_type, claim.attempts, claim.max_retries + 1)
-        return run
-
-    def end(self, run: Run) -> Outcome | None:
-        """What becomes of the job now; None if its lease was lost meanwhile."""
-        claim, scope, error = run.claim, run.scope, run.error
-        if scope.deadline < math.inf:
-            scope.deadline = math.inf
-        self.ran.add(claim.job_type)
-        took = trio.current_time() - run.begun
-        outcome, level = None, logging.WARNING
-        if self.runs.pop(claim.token, None) is None:
-            self.tokens.discard(claim.token)
-            end, why = "cancelled", ": on request, or its lease was lost"
-        elif run.result is not None:
-            outcome, level = Outcome(claim, "complete", (run.result,)), logging.INFO
-            end, why = "completed", ""
-        elif scope.cancel_called and trio.current_time() >= self.deadline:
-            outcome = Outcome(claim, "release")
-            end, why = "released", " by the shutdown"
-        else:
-            if scope.cancel_called:
-                error = f"timed out after {claim.timeout:g} s"
-            if claim.attempts > claim.max_retries:
-                outcome = Outcome(claim, "fail", (error,))
-                end, why = "failed for good", f": {error}"
-            else:
-                delay = backoff(claim.attempts, self.settings.retry_delay_seconds)
-                outcome = Outcome(claim, "retry", (error, _milliseconds(delay)))
-                end, why = "failed", f", again in {delay:.1f} s: {error}"
-        log.log(level, "%s, attempt %d, %s after %.3f s%s", claim.job_type, claim.attempts, end, took, why)
-        current_job.set("")
-        return outcome
+    def _reported(self, report: Report, accepted: bool) -> None:
+        if not accepted:
+            log.warning("job %s: report refused: too late, or sent twice", report.claim.id)
+        elif self.waiters and report.transition in ("complete", "fail"):
+            self.answer_waiters([report.claim.id])
 
 
-async def run_handler(run: Run) -> None:
-    """Run a job once. An Exception or SystemExit is a failed attempt; the caller sees to its cancellation."""
-    job_type = run.claim.job_type
+def describe(error: BaseException) -> str:
+    """An error in one line, as `ValueError: no`; of a group what is in it, of a cause nothing."""
+    if isinstance(error, BaseExceptionGroup):
+        pending, leaves = [error], list[BaseException]()
+        while pending and len(leaves) < 5:  # a loop: groups may be nested deeper than Python's stack
+            for inner in pending.pop().exceptions:
+                (pending if isinstance(inner, BaseExceptionGroup) else leaves).append(inner)
+        return "; ".join(describe(leaf) for leaf in leaves)
     try:
-        if job_type not in HANDLERS:
-            raise LookupError(f"there is no handler for {job_type!r} here")
-        payload, _ = _decode(run.claim.payload)
-        run.result = to_json(await HANDLERS[job_type](payload))
-    except* (Exception, SystemExit) as raised:  # here, and nowhere else: a handler may raise anything
-        log.debug("the traceback", exc_info=raised)
-        run.error = _describe(raised)
-
-
-def _describe(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]  # a nursery wraps what its tasks raise
-    text = "".join(traceback.format_exception_only(error)).strip()
+        text = "".join(traceback.format_exception_only(error)).strip()
+    except BaseException:  # its own __str__ may raise anything
+        text = f"{type(error).__name__}, which cannot be shown"
     return text[:2000].encode(errors="backslashreplace").decode()
 
 
-async def work(crew: Crew) -> None:
-    """A worker: claim, run, report, until the crew is stopping.
+async def run_handler(claim: Claim, most_bytes: int) -> str:
+    """The result of a job's handler, as JSON. Raises whatever the handler does."""
+    try:
+        payload, _ = _decode(claim.payload)
+    except ValueError as error:
+        raise ValueError(f"the job is damaged: its payload is not JSON: {error}") from None
+    result = to_json(await HANDLERS[claim.job_type](payload))
+    if (size := len(result.encode())) > most_bytes:
+        raise ValueError(f"the result has {size:,} bytes of JSON; MAX_BODY_BYTES is {most_bytes:,}")
+    return result
 
-    To enter and leave a cancel scope takes a quarter as long as a small job. So one serves for many jobs,
-    until it is cancelled.
+
+async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
+    """Run a job once, and say what to report of it; nothing if its lease was lost meanwhile."""
+    if claim.job_type not in HANDLERS:  # as while a new version is being deployed
+        if claim.job_type not in pool.unknown_types:
+            pool.unknown_types.add(claim.job_type)
+            log.warning("%s: this instance has no handler for it; such jobs are left to others", claim.job_type)
+        return Report(claim, "defer", delay=UNKNOWN_TYPE_SECONDS)
+    log.info("%s, attempt %d of %d", claim.job_type, claim.attempts, claim.max_retries + 1)
+    begun = trio.current_time()
+    scope = trio.CancelScope(deadline=min(begun + claim.timeout, pool.deadline))
+    attempt = pool.attempts[claim.token] = Attempt(claim, scope, begun)
+    result, error = None, ""
+    try:
+        with scope:  # inside the `try`: Trio raises here when a handler left a scope of its own open
+            result = await run_handler(claim, pool.settings.max_body_bytes)
+    except BaseException as raised:  # here, and nowhere else: a handler may raise anything
+        if trio.current_effective_deadline() == -math.inf:  # not the handler: all tasks are being cancelled
+            raise
+        log.debug("the traceback", exc_info=raised)
+        result, error = None, describe(raised)
+    finally:
+        del pool.attempts[claim.token]
+        pool.recent_types.add(claim.job_type)
+    return judge(pool, attempt, result, error)
+
+
+def judge(pool: WorkerPool, attempt: Attempt, result: str | None, error: str) -> Report | None:
+    """What to report of an attempt that ended with this result or error, or was cancelled; and log it."""
+    claim, now, level = attempt.claim, trio.current_time(), logging.WARNING
+    report: Report | None = None
+    if attempt.lost:
+        end, why = "cancelled", ": on request, or its lease was lost"
+    elif result is not None:  # also when it comes late
+        report, level = Report(claim, "complete", result), logging.INFO
+        end, why = "completed", ""
+    elif attempt.cancelled:
+        report = Report(claim, "fail", "cancelled")
+        end, why = "cancelled", ": on request"
+    elif attempt.scope.cancel_called and now >= pool.deadline:
+        report = Report(claim, "release")
+        end, why = "released", " by the shutdown"
+    else:
+        if attempt.scope.cancel_called:
+            error = f"timed out after {claim.timeout:g} s" + (f"; {error}" if error else "")
+        if claim.attempts > claim.max_retries:
+            report = Report(claim, "fail", error)
+            end, why = "failed for good", f": {error}"
+        else:
+            delay = backoff(claim.attempts, pool.settings.retry_delay_seconds)
+            report = Report(claim, "retry", error, delay)
+            end, why = "failed", f", again in {delay:.1f} s: {error}"
+    took = now - attempt.begun
+    log.log(level, "%s, attempt %d, %s after %.3f s%s", claim.job_type, claim.attempts, end, took, why)
+    return report
+
+
+async def work(pool: WorkerPool) -> None:
+    """A worker: claim, run and report, until the pool is stopping.
+
+    A handler can leave something behind in the task that runs it, such as a context variable or an open nursery.
+    Then that task ends before it meets the next job, and a fresh one goes on. (A task for each attempt would
+    halve the speed.)
     """
-    outcome = None
-    while True:
-        with trio.CancelScope() as scope:
-            while not scope.cancel_called:
-                claim = await crew.next(outcome)
-                if claim is None:
-                    return
-                run = crew.begin(claim, scope)
-                await run_handler(run)
-                outcome = crew.end(run)
-        if scope.cancelled_caught:
-            outcome = crew.end(run)
+    worker, report, stopped, is_spoilt = f"{pool.instance}:{next(pool.numbers)}", None, False, False
 
+    async def run_jobs() -> None:
+        nonlocal report, stopped, is_spoilt
+        task, clean = trio.lowlevel.current_task(), copy_context()
+        while claim := await pool.next(worker, report):
+            job = current_job.set(claim.id)
+            report = await run_attempt(pool, claim)
+            current_job.reset(job)
+            is_spoilt = bool(task.child_nurseries)
+            if is_spoilt or copy_context() != clean:
+                return
+        stopped = True
 
-async def upkeep(crew: Crew) -> None:
-    """Twice a second, extend the leases of what runs here, sweep, and look for the ends of awaited jobs."""
-    lease_seconds = crew.settings.lease_seconds
-    pause = min(TICK_SECONDS, lease_seconds / 4)
-    calm_at = math.inf
-    while True:
-        runs, wait = dict(crew.runs), pause
+    while not stopped:
         try:
-            now, lost = await crew.store.extend(crew.instance, crew.claims, crew.tokens, lease_seconds)
-            end_leases_by = now + _milliseconds(CALM_SECONDS) if trio.current_time() >= calm_at else 0
-            found = await crew.store.sweep(crew.settings.retention_seconds, end_leases_by)
-            ended = await crew.store.ended(list(crew.ends)) if crew.ends else []
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run_jobs)
+        except* RuntimeError:  # from Trio, for a task that ends with an open nursery
+            if not is_spoilt:
+                raise
+
+
+async def heartbeat(pool: WorkerPool) -> None:
+    """Twice a second, renew the leases of what runs here, and cancel what lost its lease or is to be cancelled."""
+    lease_seconds = pool.settings.lease_seconds
+    calm_at = math.inf  # from when on this process may end the leases of others
+    while True:
+        held = [attempt.claim for attempt in pool.attempts.values() if not attempt.lost]
+        try:
+            now, lost, cancelled = await pool.store.renew(held, lease_seconds)
         except redis.RedisError as error:
-            crew.refused(error)
-            calm_at = math.inf  # others were cut off too: do not end their leases before they can extend them
+            pool.refused(error)
+            calm_at = math.inf  # others were cut off too, and must have time to renew theirs
         else:
             calm_at = min(calm_at, trio.current_time() + CALM_SECONDS)
-            for token in runs.keys() & lost:
-                if crew.runs.pop(token, None):
-                    runs[token].scope.cancel()
-            for ended_job in found.ended:
-                log.warning("job %s: its worker is gone: %s, attempt %s; now it is %s", *ended_job)
-            crew.announce(ended)
-            crew.bell.ring(found.ready)
-            wait = min(pause, found.wait)
+            if trio.current_time() >= calm_at:
+                pool.end_leases_by = now + _milliseconds(2 * TICK_SECONDS)
+            for token in [*lost, *cancelled]:
+                if attempt := pool.attempts.get(token):  # otherwise it ended meanwhile
+                    attempt.lost, attempt.cancelled = token in lost, token in cancelled
+                    attempt.scope.cancel()
+        await trio.sleep(min(TICK_SECONDS, lease_seconds / 4))
+
+
+async def sweep(pool: WorkerPool) -> None:
+    """Twice a second, or as soon as a job is due, sweep; and look for awaited jobs that other instances finished."""
+    was_away = False
+    while True:
+        wait, settings = TICK_SECONDS, pool.settings
+        try:
+            limits = settings.retention_seconds, settings.keep_jobs
+            found = await pool.store.sweep(*limits, pool.end_leases_by)
+            finished = await pool.store.finished(list(pool.waiters)) if pool.waiters else []
+        except redis.RedisError as error:
+            pool.refused(error)
+            was_away = True
+        else:
+            for job in found.ended:
+                log.warning("job %s: its worker is gone: %s, attempt %s; now it is %s", *job)
+            pool.answer_waiters(finished)
+            pool.notifier.notify(math.inf if was_away else found.ready)  # workers whose claim failed wait for this
+            was_away, wait = False, min(TICK_SECONDS, max(SWEEP_PAUSE_SECONDS, found.wait))
         await trio.sleep(wait)
 
 
-async def keep_time(crew: Crew) -> None:
-    """Twice a second, set the deadlines of the runs: most are over by then, and setting one is not cheap.
-
-    And whenever the event loop stood still for half a lease, name the handlers that may have blocked it.
-    """
+async def watch_handlers(pool: WorkerPool) -> None:
+    """Name the handlers that do not end although they are cancelled, and those that may have blocked the event loop."""
     while True:
-        for run in crew.runs.values():
-            run.scope.deadline = run.deadline
-        crew.ran.clear()
         wake_at = trio.current_time() + TICK_SECONDS
         await trio.sleep_until(wake_at)
         late = trio.current_time() - wake_at
-        if late > crew.settings.lease_seconds / 2:
-            names = ", ".join(crew.ran | {run.claim.job_type for run in crew.runs.values()})
+        if late > pool.settings.lease_seconds / 2:
+            names = ", ".join(pool.recent_types | {each.claim.job_type for each in pool.attempts.values()})
             log.error("the event loop stood still for %.1f s; handlers that ran: %s", late, names or "none")
+        pool.recent_types.clear()
+        for attempt in pool.attempts.values():
+            attempt.overstays += attempt.scope.cancel_called
+            if attempt.overstays == 3:
+                text = "job %s: %s does not end, although it should: its worker waits for it"
+                log.warning(text, attempt.claim.id, attempt.claim.job_type)
 
 
-async def listen(connection: RedisConnection, crew: Crew) -> None:
-    """Ring the bell when any instance puts something into the empty queue."""
+async def leave_behind(pool: WorkerPool) -> None:
+    """When the grace is over, release what does not end although it is cancelled: threads, above all.
+
+    Their workers never end, so neither does `serve`: `end_process` does that.
+    """
+    await pool.stopping.wait()
+    while trio.current_time() < pool.deadline + EXIT_SECONDS / 4:  # a second signal changes the deadline
+        await trio.sleep(EXIT_SECONDS / 16)
+    for attempt in list(pool.attempts.values()):
+        log.warning("job %s: %s is left behind, and the job released", attempt.claim.id, attempt.claim.job_type)
+        with suppress(redis.RedisError):
+            await pool.store.report_and_claim(Report(attempt.claim, "release"), "", 0)
+
+
+async def listen(connection: RedisConnection, pool: WorkerPool) -> None:
+    """Notify a worker when any instance puts something into the empty queue."""
+    pause = AGAIN_SECONDS
     while True:
         try:
-            [reply] = await connection.exchange([("SUBSCRIBE", f"{crew.store.prefix}wake")])
+            [reply] = await connection.exchange([("SUBSCRIBE", f"{pool.store.prefix}wake")])
             while not isinstance(reply, redis.ResponseError):
-                reply = await connection.message()
-                crew.bell.ring(1)
-            crew.refused(reply)
-        except (redis.RedisError, OSError):
-            pass
-        await trio.sleep(AGAIN_SECONDS)
+                with trio.move_on_after(SILENCE_SECONDS) as silence:
+                    reply = await connection.message()
+                    pool.notifier.notify(1)
+                if silence.cancelled_caught:  # perhaps a firewall forgot the connection, and nobody says so
+                    with trio.fail_after(REPLY_SECONDS):
+                        await connection.ping()
+            pool.refused(reply)
+            pause = QUIET_SECONDS  # nothing depends on it: there is the sweep
+        except (redis.RedisError, OSError, trio.TooSlowError):
+            connection.hang_up()
+        await trio.sleep(pause)
+
+
+async def inspect_redis(pool: WorkerPool) -> None:
+    """Say once, at the start, what will not go well with this Redis."""
+    while True:
+        try:
+            missing = await pool.store.missing_rights()
+            policy = await pool.store.eviction_policy()
+        except (redis.ConnectionError, redis.TimeoutError):
+            await trio.sleep(AGAIN_SECONDS)
+            continue
+        except redis.ResponseError as error:
+            log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
+            return
+        break
+    if missing:
+        log.error("the Redis user may not run %s; the rights that are needed: %s", ", ".join(missing), RIGHTS)
+    if policy not in ("noeviction", ""):
+        log.warning("Redis may evict jobs: its maxmemory-policy is %s, and should be noeviction", policy)
 
 
 # ── HTTP ────────────────────────────────────────────────────────────────────────────────────────
@@ -1264,9 +1589,9 @@ AMOUNTS: dict[str, tuple[str, tuple[type, ...], float, float]] = {
 }
 JOB_FIELDS = ("job_type", "payload", *AMOUNTS)
 PAGE_MOST = 1000  # jobs, with ?limit=
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 BEARER = WWWAuthenticate("bearer", {"realm": "jobqueue"})
 CHUNK = 200  # jobs fetched at a time for a list without a limit
+PAGE_BYTES, CHUNK_BYTES = 4_000_000, 250_000  # a page or a chunk ends behind the job that exceeds this
 WAIT_MOST = 30  # seconds, with ?wait=
 
 
@@ -1350,6 +1675,14 @@ def parse_key(headers: Sequence[str], body: Any) -> tuple[str, str]:
     return key, fingerprint
 
 
+def once(query: MultiDict[str, str]) -> dict[str, str]:
+    """The parameters of a query, each of which may come once; or http.BadRequest."""
+    for name, values in query.lists():
+        if len(values) > 1:
+            raise http.BadRequest(f"the parameter {name[:80]!r} came {len(values)} times")
+    return query.to_dict()
+
+
 def parse_query(query: Mapping[str, str]) -> tuple[Status | None, str, int | None]:
     """The status, cursor and limit that `GET /jobs` asks for; or http.BadRequest."""
     for name in query:
@@ -1376,37 +1709,63 @@ def parse_wait(query: Mapping[str, str]) -> float:
     return float(text)
 
 
-class HTTPConnection(TrioASGIHTTPConnection):
-    """One request; its view is cancelled when the client goes away.
+HOST = re.compile(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?(:\d{1,5})?|\[[\da-f:.]{2,45}\](:\d{1,5})?|", re.I | re.A)
+HTML_POLICY = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")  # unless it has its own
 
-    quart-trio takes the end of its own answer for the client going away, and so cancels hypercorn just
-    before that marks the connection as idle: it then neither times out, nor closes at shutdown.
-    """
 
-    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        answered = False
+def in_order(app: ASGIFramework) -> ASGIFramework:
+    """ASGI middleware: only what Quart can cope with reaches it, and its answers are complete."""
 
-        async def send_to_client(message: ASGISendEvent) -> None:
-            nonlocal answered
-            answered = message["type"] == "http.response.body" and not message["more_body"]
+    async def middleware(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        headers = dict[bytes, bytes](cast(Any, scope)["headers"])
+        is_over = False
+
+        async def send_complete(message: Any) -> None:
+            nonlocal is_over
+            if message["type"] == "http.response.start":
+                own = [*message["headers"], (b"x-content-type-options", b"nosniff")]
+                names = {name: value for name, value in own}
+                if names.get(b"content-type", b"").startswith(b"text/html"):
+                    own += [] if b"content-security-policy" in names else [HTML_POLICY]
+                if {b"transfer-encoding", b"content-length"} <= headers.keys():
+                    own.append((b"connection", b"close"))  # perhaps a smuggled request (RFC 9112, 6.1)
+                message = message | {"headers": own}
+            elif message["type"] == "http.response.body":
+                is_over = not message.get("more_body", False)
             await send(message)
 
-        async def receive_body() -> None:
-            await ASGIHTTPConnection.handle_messages(self, request, receive)
-            if not answered:
-                nursery.cancel_scope.cancel()
+        async def receive_until_over() -> Any:
+            """Quart takes the end of its own answer for the client going away, and would cancel hypercorn there."""
+            message = await receive()
+            if message["type"] == "http.disconnect" and is_over:
+                await trio.sleep_forever()
+            return message
 
-        try:
-            request = self._create_request_from_scope(send)
-        except (IndexError, ValueError):  # as for `GET ?x`
-            await self._send_response(send, answer('{"error": "that is no address"}\n', 400))
+        problem = problem_with(cast(Any, scope)["path"], headers.get(b"host", b""))
+        if not problem:
+            try:
+                await app(scope, cast(Any, receive_until_over), cast(Any, send_complete))
+            except* redis.RedisError:
+                pass  # in mid-list: the client sees that the answer is cut off, since it has no end
             return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(receive_body)
-            response = await self.app.handle_request(request)
-            with suppress(redis.RedisError):  # in mid-list: the client sees that it is cut off
-                await self._send_response(send_to_client, response)
-            nursery.cancel_scope.cancel()
+        body = (json.dumps({"error": problem}) + "\n").encode()
+        start = {"type": "http.response.start", "status": 400, "headers": [(b"content-type", b"application/json")]}
+        await send_complete(start)
+        await send_complete({"type": "http.response.body", "body": body})
+
+    return cast(ASGIFramework, middleware)
+
+
+def problem_with(path: str, host: bytes) -> str:
+    """Why this request has no address; empty if it has."""
+    try:
+        is_path = path.startswith("/") or path == "*" or bool(urlsplit(path).netloc)
+    except ValueError:
+        is_path = False
+    if not is_path:
+        return "that is no address"
+    name = host.decode("latin-1")
+    return "" if HOST.fullmatch(name) and len(name) < 256 else f"{ascii(name[:80])} is no host name"
 
 
 def answer(
@@ -1415,11 +1774,10 @@ def answer(
     return Response(body, status, headers, content_type="application/json")
 
 
-def create_app(crew: Crew) -> QuartTrio:
+def create_app(pool: WorkerPool) -> QuartTrio:
     """The REST API, and the page that shows it to people."""
-    store, settings = crew.store, crew.settings
+    store, settings = pool.store, pool.settings
     app = QuartTrio(__name__, static_folder=None)
-    app.asgi_http_class = HTTPConnection
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
 
     own_name = re.compile(rf"([\w-]+|[\d.]+|\[[\da-f:.]+\]|{re.escape(settings.host)})(:\d+)?", re.I | re.A)
@@ -1452,10 +1810,12 @@ def create_app(crew: Crew) -> QuartTrio:
             raise http.BadRequest("POST /job has no parameters; a job's are fields of the body")
         if request.mimetype != "application/json":
             raise http.UnsupportedMediaType("the Content-Type must be application/json")
+        if request.headers.get("Content-Encoding", "identity") != "identity":
+            raise http.UnsupportedMediaType("the body must have no Content-Encoding")
         body = parse_json(cast(bytes, await request.get_data()))
         jobs = parse_jobs(body, settings)
         key, fingerprint = parse_key(request.headers.getlist("Idempotency-Key"), body)
-        crew.bell.ring(len(jobs))  # now, so that the claims are close behind; if they get ahead, `wake` comes
+        pool.notifier.notify(len(jobs))  # now, so that the claims are close behind; if they get ahead, `wake` comes
         ids = await store.submit(jobs, key, fingerprint)
         if ids is None:
             raise http.UnprocessableEntity("this Idempotency-Key was used for another request")
@@ -1465,12 +1825,12 @@ def create_app(crew: Crew) -> QuartTrio:
 
     @app.get("/job/<job_id>")
     async def show(job_id: str) -> Response:
-        wait = parse_wait(request.args)
-        ended = crew.ends.setdefault(job_id, trio.Event())
+        wait = parse_wait(once(request.args))
+        finished = pool.waiters.setdefault(job_id, trio.Event())
         found = await store.get(job_id)
-        if wait and found and found[0] not in ENDED and not crew.stopping.is_set():
+        if wait and found and found[0] not in FINISHED and not pool.stopping.is_set():
             with trio.move_on_after(wait):
-                await ended.wait()
+                await finished.wait()
             found = await store.get(job_id)
         if found is None:
             raise http.NotFound(f"there is no job {job_id[:80]!r}, or no more")
@@ -1478,13 +1838,13 @@ def create_app(crew: Crew) -> QuartTrio:
 
     @app.delete("/job/<job_id>")
     async def cancel(job_id: str) -> Response:
-        parse_wait(request.args)  # refuse it before anything is done
+        parse_wait(once(request.args))  # refuse it before anything is done
         status = await store.cancel(job_id)
-        if status in ENDED:
+        if status in FINISHED:
             raise http.Conflict(f"the job is {status} already")
         if status:
             log.info("job %s: cancelled on request, it was %s", job_id, status)
-            crew.announce([job_id])
+            pool.answer_waiters([job_id])
         return await show(job_id)
 
     @app.get("/")
@@ -1495,8 +1855,8 @@ def create_app(crew: Crew) -> QuartTrio:
     async def index() -> Response:
         if wants_page():
             return await live_page()
-        status, cursor, limit = parse_query(request.args)
-        page = await store.page(status, cursor, limit or CHUNK)
+        status, cursor, limit = parse_query(once(request.args))
+        page = await store.page(status, cursor, limit or CHUNK, PAGE_BYTES if limit else CHUNK_BYTES)
         headers = {"Vary": "Accept", "Cache-Control": "no-store"}
         if limit is None:
             return answer(stream(status, page), headers=headers)
@@ -1509,7 +1869,7 @@ def create_app(crew: Crew) -> QuartTrio:
     async def stream(status: Status | None, page: Page) -> AsyncIterator[str]:
         yield "[" + ",\n".join(page.jobs)
         while page.cursor:
-            page = await store.page(status, page.cursor, CHUNK)
+            page = await store.page(status, page.cursor, CHUNK, CHUNK_BYTES)
             yield "".join(",\n" + job for job in page.jobs)
         yield "]\n"
 
@@ -1538,7 +1898,7 @@ def create_app(crew: Crew) -> QuartTrio:
 
     @app.errorhandler(redis.RedisError)
     async def unavailable(error: redis.RedisError) -> Response:
-        crew.refused(error)
+        pool.refused(error)
         text = f"Redis cannot serve this now: {error}"
         return answer(json.dumps({"error": text}) + "\n", 503, {"Retry-After": "1"})
 
@@ -1549,42 +1909,43 @@ def create_app(crew: Crew) -> QuartTrio:
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 BACKLOG = 1024  # connections that wait to be accepted
+RESERVED_DESCRIPTORS = 100  # those that clients cannot take: Redis must be reached whatever they do
+IDLE_CLIENT_SECONDS = 5.0  # how long a connection may wait for a request, or for the rest of its head
+SILENT_CLIENT_SECONDS = 30.0  # how long a client may take nothing of its answer
 EXIT_SECONDS = 0.8  # after the end of the grace, until the process ends in any case
 
 
-async def serve(settings: Settings, listener: socket.socket) -> None:
+async def serve(settings: Settings, listeners: Sequence[socket.socket], early_signals: list[int]) -> None:
     """Run the service until SIGINT or SIGTERM, and then in this order:
 
     1. accept nothing more; the requests under way are answered;
-    2. idle workers leave, busy ones finish their job and report it, their leases still being extended;
+    2. idle workers leave, busy ones finish their job and report it, their leases still being renewed;
     3. when the grace is over, or at a second signal, what still runs is cancelled and released;
     4. the last commands reach Redis.
     """
     url = settings.redis_url
-    connections = [RedisConnection(url) for _ in range(CONNECTIONS)] if url else []
-    carriers: list[Carrier] = [connection.exchange for connection in connections] or [memory()]
-    pipeline = AutoPipeline(*carriers)
-    crew = Crew(Store(pipeline), settings)
-    app = create_app(crew)
-    async with trio.open_nursery() as talking:
-        talking.start_soon(pipeline.run)
-        for connection in connections:
-            talking.start_soon(connection.watch)
-        async with trio.open_nursery() as tending:
-            await tending.start(stop_on_signal, crew)
-            tending.start_soon(upkeep, crew)
-            tending.start_soon(keep_time, crew)
+    redis_connections = [RedisConnection(url) for _ in range(CONNECTIONS)] if url else []
+    transports: list[Transport] = [each.exchange for each in redis_connections] or [memory()]
+    pipeline = AutoPipeline(*transports)
+    pool = WorkerPool(Store(pipeline), settings)
+    app = create_app(pool)
+    async with trio.open_nursery() as connections:
+        connections.start_soon(guard, pool, pipeline.run)
+        async with trio.open_nursery() as background:
+            stop_on_signals(pool, early_signals)
+            for task in (heartbeat, sweep, watch_handlers, leave_behind):
+                background.start_soon(guard, pool, task, pool)
             if url:
-                tending.start_soon(listen, RedisConnection(url), crew)
-            async with trio.open_nursery() as working:
-                working.start_soon(end_after_a_crash, crew)
-                address = format_address(listener)  # it listens already: connections queue up
-                log.info("listening on %s with %d workers; %s", address, settings.workers, where(url))
-                working.start_soon(serve_http, app, listener, crew)
+                background.start_soon(guard, pool, listen, RedisConnection(url), pool)
+                background.start_soon(guard, pool, inspect_redis, pool)
+            async with trio.open_nursery() as workers:
+                addresses = " and ".join(map(format_address, listeners))  # they listen already
+                log.info("listening on %s with %d workers; %s", addresses, settings.workers, where(url))
+                workers.start_soon(guard, pool, serve_http, app, listeners, pool)
                 for _ in range(settings.workers):
-                    working.start_soon(work, crew)
-            tending.cancel_scope.cancel()
-        talking.cancel_scope.cancel()
+                    workers.start_soon(guard, pool, work, pool)
+            background.cancel_scope.cancel()
+        connections.cancel_scope.cancel()
     log.info("stopped")
 
 
@@ -1601,63 +1962,185 @@ def format_address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class Connection(TCPServer):
-    """One connection. What hypercorn cannot cope with, mostly odd HTTP/2, ends it alone, not the service."""
+class OnlyHTTP11(h11.Connection):
+    """What hypercorn reads of a connection: requests in HTTP/1.1, whatever else the client offers to speak."""
 
-    async def run(self) -> None:
-        try:
-            await super().run()
-        except* Exception as errors:
-            log.warning("a connection broke: %s", _describe(errors))
-            log.debug("the traceback", exc_info=errors)
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if not isinstance(event, h11.Request):
+            return event
+        if event.http_version not in (b"1.0", b"1.1"):
+            raise h11.RemoteProtocolError("only HTTP/1.1 is spoken here", 505)
+        headers = [(name, value) for name, value in event.headers if name != b"upgrade"]
+        return h11.Request(
+            method=event.method, target=event.target, headers=headers, http_version=event.http_version
+        )
 
 
-async def serve_http(app: QuartTrio, listener: socket.socket, crew: Crew) -> None:
-    """Serve until the crew is stopping; then answer what is under way, until the crew's deadline."""
+class Client:
+    """One connection of a client: hypercorn reads its requests, and writes the answers.
+
+    It ends when the client goes away, takes nothing of an answer for SILENT_CLIENT_SECONDS, or sends no
+    complete request head for IDLE_CLIENT_SECONDS.
+    """
+
+    def __init__(self, app: ASGIFramework, config: hypercorn.Config, context: WorkerContext) -> None:
+        self._app, self._config, self._context = ASGIWrapper(app), config, context
+        self._scope = trio.CancelScope()  # around all that the connection does
+        self._reading = trio.CancelScope()  # which has a deadline while no request is under way
+        self.is_idle = True
+
+    async def run(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        with suppress(OSError, trio.BrokenResourceError):
+            address = stream.socket.getpeername()[:2], stream.socket.getsockname()[:2]
+            with self._scope:
+                async with stream, TaskGroup() as tasks:
+                    await self._read(tasks, *address)
+
+    async def _read(self, tasks: TaskGroup, client: tuple[str, int], server: tuple[str, int]) -> None:
+        state = ConnectionState(cast(Any, {}))
+        protocol = H11Protocol(
+            self._app, self._config, self._context, tasks, state, False, client, server, self._send
+        )
+        protocol.connection = OnlyHTTP11(h11.SERVER, self._config.h11_max_incomplete_size)
+        self._reading.deadline = trio.current_time() + IDLE_CLIENT_SECONDS
+        with self._reading:
+            while data := await self._stream.receive_some(65_536):
+                await protocol.handle(RawData(bytes(data)))
+        await protocol.handle(Closed())
+
+    async def _send(self, event: Event) -> None:
+        if isinstance(event, RawData):
+            data = memoryview(event.data)
+            try:
+                while data:
+                    with trio.fail_after(SILENT_CLIENT_SECONDS):
+                        data = data[await self._stream.socket.send(data) :]
+            except (OSError, trio.ClosedResourceError, trio.TooSlowError):
+                self._scope.cancel()  # nobody takes the answer: what makes it ends, too
+        elif isinstance(event, Updated):
+            self.is_idle = event.idle
+            self._reading.deadline = trio.current_time() + IDLE_CLIENT_SECONDS if event.idle else math.inf
+        else:  # Closed, after the last answer
+            self._reading.cancel()
+
+    def stop(self) -> None:
+        """Close the connection now if no request is under way; otherwise hypercorn closes it after the answer."""
+        if self.is_idle:
+            self._reading.cancel()
+
+
+def count_places(workers: int) -> int:
+    """How many connections of clients there may be at once."""
+    try:
+        import resource  # not on Windows, which has no such limit
+    except ImportError:
+        return 10_000
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, most - RESERVED_DESCRIPTORS - 2 * workers)
+
+
+async def serve_http(app: QuartTrio, listeners: Sequence[socket.socket], pool: WorkerPool) -> None:
+    """Serve until the pool is stopping; then answer what is under way, until its deadline."""
     config = hypercorn.Config()
-    config.bind = [f"fd://{listener.detach()}"]
     config.accesslog = None
     config.errorlog = logging.getLogger("hypercorn.error")
     config.include_server_header = False
-    config.graceful_timeout = math.inf
-    config.backlog = BACKLOG
-    hypercorn.trio.run.TCPServer = Connection  # type: ignore[attr-defined]
-    with crew.requests:
-        await hypercorn.trio.serve(app, config, shutdown_trigger=crew.stopping.wait)
+    context, clients = WorkerContext(None), set[Client]()
+    places = trio.Semaphore(count_places(pool.settings.workers))
+
+    async def accept(listener: trio.SocketListener) -> None:
+        async with listener:
+            while True:
+                await places.acquire()  # no more than there are: the others wait in the backlog
+                try:
+                    serving.start_soon(serve_client, await listener.accept())
+                except OSError as error:
+                    places.release()
+                    log.warning("a connection could not be accepted: %s", error)
+                    await trio.sleep(AGAIN_SECONDS)
+
+    async def serve_client(stream: trio.SocketStream) -> None:
+        client = Client(in_order(app), config, context)
+        clients.add(client)
+        try:
+            await client.run(stream)
+        finally:
+            clients.remove(client)
+            places.release()
+
+    with pool.requests:
+        async with trio.open_nursery() as serving:
+            async with trio.open_nursery() as accepting:
+                for listener in listeners:
+                    accepting.start_soon(accept, trio.SocketListener(trio.socket.from_stdlib_socket(listener)))
+                await pool.stopping.wait()
+                accepting.cancel_scope.cancel()
+            await context.terminated.set()
+            for client in clients:
+                client.stop()
 
 
-async def stop_on_signal(crew: Crew, *, task_status: trio.TaskStatus[None]) -> None:
-    """Stop the crew at the first signal, and without any grace at the second."""
-    grace = crew.settings.shutdown_grace_seconds
-    with trio.open_signal_receiver(*SIGNALS) as signals:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        task_status.started()
-        async for number in signals:
-            log.info("%s: stopping; what runs has %g s to finish", signal.Signals(number).name, grace)
-            crew.stop(grace)
-            end_process(0, grace + EXIT_SECONDS)
-            grace = 0
-
-
-async def end_after_a_crash(crew: Crew) -> None:
-    """When a task failed its nursery cancels this one too; then let nothing hold up the end."""
+async def guard(pool: WorkerPool, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+    """Run a task of the service. A bug in it ends the process: it is logged here, since the end may be held up."""
     try:
-        await crew.stopping.wait()
-    finally:
-        if not crew.stopping.is_set():
-            log.critical("a task failed; its traceback follows when all has been unwound")
-            end_process(1, REPLY_SECONDS + EXIT_SECONDS)
+        await task(*arguments)
+    except* Exception as errors:
+        pool.crashed = True
+        log.critical("a task of the service failed", exc_info=errors)
+        end_process(pool, REPLY_SECONDS + EXIT_SECONDS)
+        raise
 
 
-def end_process(status: int, seconds: float) -> None:
+def stop_on_signals(pool: WorkerPool, early_signals: Iterable[int]) -> None:
+    """Stop the pool at the first signal, and without any grace at the second.
+
+    A plain signal handler: it runs even while a job's handler blocks the event loop. So it only does what may be
+    done between any two instructions; the rest is the event loop's, once that goes on.
+    """
+    token = trio.lowlevel.current_trio_token()
+    graces = itertools.chain([pool.settings.shutdown_grace_seconds], itertools.repeat(0.0))
+
+    def stop(number: int, grace: float) -> None:
+        log.info("%s: stopping; what runs has %g s to finish", signal.Signals(number).name, grace)
+        pool.stop(grace)
+
+    def on_signal(number: int, _frame: object) -> None:
+        grace = next(graces)
+        end_process(pool, grace + EXIT_SECONDS)
+        with suppress(trio.RunFinishedError):
+            token.run_sync_soon(stop, number, grace)
+
+    for number in SIGNALS:
+        signal.signal(number, on_signal)
+    for early in early_signals:
+        on_signal(early, None)
+
+
+def end_process(pool: WorkerPool, seconds: float) -> None:
     """End this process in so many seconds, if it did not by itself.
 
-    A client that reads nothing of a large answer holds hypercorn, which shields what it sends; a handler
-    that blocks the event loop holds everything. What they hold is safe: leases end.
+    A client that reads nothing of a large answer holds hypercorn, which shields what it sends; a handler that
+    blocks the event loop, or a thread, holds its worker. What they hold is safe: leases end.
     """
-    timer = threading.Timer(seconds, os._exit, [status])
+    timer = threading.Timer(seconds, lambda: os._exit(pool.crashed))
     timer.daemon = True
     timer.start()
+
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+class OneLine(logging.Formatter):
+    """Nothing that is logged, wherever it comes from, can look like another line, or command a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return CONTROL.sub(lambda c: ascii(c[0])[1:-1], super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("  " + CONTROL.sub(lambda c: ascii(c[0])[1:-1], line) for line in lines)
 
 
 def set_up_logging(level: str) -> None:
@@ -1677,27 +2160,47 @@ def set_up_logging(level: str) -> None:
 
     handler = logging.StreamHandler()
     handler.addFilter(complete)
-    form = "%(time)s %(levelname)-7s %(job)s%(message)s"
-    logging.basicConfig(level=level.upper(), format=form, handlers=[handler])
+    handler.setFormatter(OneLine("%(time)s %(levelname)-7s %(job)s%(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
 
 
+def open_listeners(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen: on IPv4 and IPv6 where `host` means both. If none can be had, the program ends."""
+    listeners: list[socket.socket] = []
+    problem = OSError()
+    for name in {"localhost": ("127.0.0.1", "::1"), "::": ("0.0.0.0", "::")}.get(host, (host,)):
+        family = socket.AF_INET6 if ":" in name else socket.AF_INET
+        try:
+            listeners.append(socket.create_server((name, port), family=family, backlog=BACKLOG))
+        except OSError as error:
+            problem = error
+            if error.errno == errno.EADDRINUSE:
+                break
+        else:
+            port = listeners[-1].getsockname()[1]  # the same for both, also when any would do
+    if not listeners or problem.errno == errno.EADDRINUSE:
+        sys.exit(f"jobqueue.py: cannot listen on {host}, port {port}: {problem.strerror}")
+    return listeners
+
+
 def main() -> None:
-    """Read the settings, listen, serve. Signals wait until there is somebody to heed them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """Read the settings, listen, serve. A signal before and after that is only taken note of."""
+    early_signals: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: early_signals.append(number))
     settings = Settings.read(sys.argv[1:], os.environ)
     set_up_logging(settings.log_level)
     if settings.smtp_url:
         send_email_through(settings.smtp_url, settings.smtp_from)
     if settings.host not in LOOPBACK and not settings.api_token:
         log.warning("anybody who reaches %s may use this queue: set API_TOKEN", settings.host)
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listeners = open_listeners(settings.host.strip("[]"), settings.port)
     try:
-        address = (settings.host.strip("[]"), settings.port)
-        listener = socket.create_server(address, family=family, backlog=BACKLOG)
-    except OSError as error:
-        sys.exit(f"jobqueue.py: cannot listen on {settings.host}, port {settings.port}: {error.strerror}")
-    trio.run(serve, settings, listener)
+        trio.run(serve, settings, listeners, early_signals)
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

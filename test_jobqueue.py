@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,29 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from werkzeug.datastructures import Headers
 
 import jobqueue
-from conftest import MODULE, Bench, Program, RedisServer, eventually, free_port, memory_carrier, record_calls
+from conftest import (
+    MODULE,
+    PREFIX,
+    Bench,
+    Program,
+    RedisServer,
+    eventually,
+    free_port,
+    memory_transport,
+    record_calls,
+)
 from jobqueue import (
     HANDLERS,
     AutoPipeline,
-    Bell,
     Claim,
-    Crew,
     NewJob,
-    Outcome,
+    Notifier,
     RedisConnection,
+    Report,
     Settings,
     Status,
     Store,
+    WorkerPool,
 )
 
 Register = Callable[[str], Callable[[Any], Any]]
@@ -203,17 +214,29 @@ def test_a_handler_must_have_named_parameters_only(handler: Register) -> None:
         handler("odd")(lambda **options: None)
 
 
-async def test_a_cancelled_def_handler_is_left_behind(handler: Register) -> None:
+async def test_a_cancelled_def_handler_goes_on_until_its_thread_ends(handler: Register) -> None:
     go_on = threading.Event()
 
     @handler("stuck")
-    def stuck() -> None:
+    def stuck() -> str:
         go_on.wait()
+        return "done"
 
     with trio.move_on_after(0.01) as scope:
-        await HANDLERS["stuck"]({})
+        threading.Timer(0.1, go_on.set).start()
+        assert await HANDLERS["stuck"]({}) == "done"
+    assert scope.cancel_called
+
+
+async def test_a_def_handler_may_ask_whether_it_is_cancelled(handler: Register) -> None:
+    @handler("polite")
+    def polite() -> None:
+        while True:
+            trio.from_thread.check_cancelled()
+
+    with trio.move_on_after(0.01) as scope:
+        await HANDLERS["polite"]({})
     assert scope.cancelled_caught
-    go_on.set()
 
 
 # ── AutoPipeline ────────────────────────────────────────────────────────────────────────────────
@@ -364,13 +387,12 @@ async def test_a_reply_larger_than_any_buffer_arrives_whole(redis_server: RedisS
 
 
 async def test_redis_frozen_is_a_timeout_and_then_a_new_connection(
-    own_redis: Callable[..., RedisServer], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    own_redis: Callable[..., RedisServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = own_redis()
     connection = RedisConnection(server.url)
     assert await connection.exchange([("SET", "a", 1)]) == ["OK"]
     monkeypatch.setattr(jobqueue, "REPLY_SECONDS", 0.05)
-    nursery.start_soon(connection.watch)
     server.send_signal(signal.SIGSTOP)
     with pytest.raises(redis.TimeoutError):
         await connection.exchange([("GET", "a")])
@@ -379,18 +401,14 @@ async def test_redis_frozen_is_a_timeout_and_then_a_new_connection(
     assert await connection.exchange([("GET", "a")]) == ["1"]
 
 
-async def test_between_two_exchanges_it_hangs_up_when_redis_did(
-    own_redis: Callable[..., RedisServer], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+async def test_a_connection_that_redis_closed_between_two_exchanges_is_opened_again(
+    own_redis: Callable[..., RedisServer],
 ) -> None:
     server = own_redis()
     connection = RedisConnection(server.url)
     assert await connection.exchange([("PING",)]) == ["PONG"]
-    monkeypatch.setattr(jobqueue, "REPLY_SECONDS", 0.2)
-    nursery.start_soon(connection.watch)
     server.kill()
     server.start()
-    await trio.to_thread.run_sync(eventually, lambda: connection._connection is None)
-    monkeypatch.undo()
     assert await connection.exchange([("PING",)]) == ["PONG"]
 
 
@@ -400,7 +418,7 @@ async def test_a_host_that_cannot_be_is_a_connection_error() -> None:
 
 
 async def test_what_one_carrier_leaves_the_other_takes(nursery: trio.Nursery) -> None:
-    async def carrier(commands: Any) -> list[Any]:
+    async def transport(commands: Any) -> list[Any]:
         batches.append(len(commands))
         if len(batches) == 1:
             await trio.sleep_forever()
@@ -412,7 +430,7 @@ async def test_what_one_carrier_leaves_the_other_takes(nursery: trio.Nursery) ->
             record.append("answered")
 
     record, batches = list[str](), list[int]()
-    pipeline = AutoPipeline(carrier, carrier)
+    pipeline = AutoPipeline(transport, transport)
     nursery.start_soon(pipeline.run)
     await wait_all_tasks_blocked()
     for _ in range(4):
@@ -505,12 +523,12 @@ async def claim(bench: Bench, token: str) -> Claim:
     return claimed
 
 
-async def report(bench: Bench, claimed: Claim, transition: str, *arguments: str | int) -> bool:
-    accepted, _ = await bench.store.report_and_claim(Outcome(claimed, transition, arguments), "", LEASE)
+async def report(bench: Bench, claimed: Claim, transition: str, text: str = "", delay: float = 0) -> bool:
+    accepted, _ = await bench.store.report_and_claim(Report(claimed, transition, text, delay), "", LEASE)
     return accepted
 
 
-REPORTS = [("complete", "3"), ("fail", "E"), ("retry", "E", 500), ("release",)]
+REPORTS = [("complete", "3"), ("fail", "E"), ("retry", "E", 0.5), ("release",)]
 
 
 async def test_a_submitted_job_is_pending_in_the_queue_and_in_the_history(bench: Bench) -> None:
@@ -577,7 +595,7 @@ async def test_a_failed_job_keeps_its_error(bench: Bench) -> None:
 
 async def test_a_retry_waits_in_delayed_until_it_is_due(bench: Bench) -> None:
     [job_id] = await submitted(bench)
-    assert await report(bench, await claim(bench, "i:1"), "retry", "E", 500)
+    assert await report(bench, await claim(bench, "i:1"), "retry", "E", 0.5)
     assert bench.places() == {"delayed": [job_id]}
     assert bench.job(job_id)["status"] == "pending"
     assert (await bench.store.sweep(0)).wait == 0.5
@@ -643,9 +661,7 @@ async def test_a_report_after_the_lease_ended_but_before_a_sweep_is_accepted(ben
 async def test_report_and_claim_share_a_round_trip(bench: Bench) -> None:
     first, second = await submitted(bench, 2)
     claimed = await claim(bench, "i:1")
-    accepted, following = await bench.store.report_and_claim(
-        Outcome(claimed, "complete", ("3",)), "i:2", LEASE
-    )
+    accepted, following = await bench.store.report_and_claim(Report(claimed, "complete", "3"), "i:2", LEASE)
     assert accepted
     assert following is not None
     assert following.id == second
@@ -655,47 +671,51 @@ async def test_report_and_claim_share_a_round_trip(bench: Bench) -> None:
 async def test_a_refused_report_still_claims(bench: Bench) -> None:
     first, second = await submitted(bench, 2)
     stale = (await claim(bench, "i:1"))._replace(token="i:99")
-    accepted, following = await bench.store.report_and_claim(Outcome(stale, "complete", ("3",)), "i:2", LEASE)
+    accepted, following = await bench.store.report_and_claim(Report(stale, "complete", "3"), "i:2", LEASE)
     assert not accepted
     assert following is not None
     assert following.id == second
     assert bench.places() == {"processing": sorted([first, second])}
 
 
-async def test_extend_lets_leases_end_later(bench: Bench) -> None:
+async def test_a_renewed_lease_ends_later(bench: Bench) -> None:
     [job_id] = await submitted(bench)
-    await claim(bench, "i:1")
+    claimed = await claim(bench, "i:1")
     bench.move(10)
-    assert (await bench.store.extend("i", 1, ["i:1"], LEASE))[1] == []
+    assert (await bench.store.renew([claimed], LEASE))[1:] == ([], [])
     bench.move(10)
     assert (await bench.store.sweep(0)).ended == []
     bench.move(5)
     assert (await bench.store.sweep(0)).ended == [[job_id, "math", "1", "pending"]]
 
 
-async def test_extend_tells_which_tokens_hold_no_job(bench: Bench) -> None:
-    await submitted(bench, 2)
+async def test_a_renewal_tells_which_tokens_hold_no_job(bench: Bench) -> None:
+    await submitted(bench, 3)
+    claims = [await claim(bench, f"i:{n}") for n in range(3)]
+    bench.client.hset(f"{{jobqueue}}:job:{claims[1].id}", "token", "j:1")
+    await report(bench, claims[2], "complete", "3")
+    assert (await bench.store.renew(claims, LEASE))[1:] == (["i:1", "i:2"], [])
+
+
+async def test_a_claim_sent_again_gets_the_same_job_and_a_new_lease(bench: Bench) -> None:
+    first, second = await submitted(bench, 2)
+    claimed = await claim(bench, "i:1")
+    bench.move(LEASE - 1)
+    assert await claim(bench, "i:1") == claimed
+    assert bench.client.zscore("{jobqueue}:processing", first) == (bench.now + LEASE) * 1000
+    assert bench.places() == {"queue": [second], "processing": [first]}
+    await report(bench, claimed, "complete", "3")
+    assert (await claim(bench, "i:1")).id == second  # that one is over
+
+
+async def test_a_claim_sent_again_after_its_lease_ended_is_a_new_claim(bench: Bench) -> None:
+    [first] = await submitted(bench)
     await claim(bench, "i:1")
-    lost = await claim(bench, "i:2")
-    bench.client.delete("{jobqueue}:processing")
-    bench.client.zadd("{jobqueue}:processing", {(await claim_id(bench, "i:1")): 9e15})
-    assert (await bench.store.extend("i", 2, ["i:1", "i:2"], LEASE))[1] == [lost.token]
-
-
-async def claim_id(bench: Bench, token: str) -> str:
-    keys = bench.client.keys("{jobqueue}:job:*")
-    [key] = [key for key in keys if bench.client.hget(key, "token") == token]
-    return str(key.rpartition(":")[2])
-
-
-async def test_extend_releases_what_this_instance_claimed_without_knowing(bench: Bench) -> None:
-    lost, _known, _others, _newer = await submitted(bench, 4)
-    for token in ("i:1", "i:2", "j:1", "i:3"):
-        await claim(bench, token)
-    assert (await bench.store.extend("i", 2, ["i:2"], LEASE))[1] == []
-    assert bench.places()["queue"] == [lost]
-    assert len(bench.places()["processing"]) == 3
-    assert (await claim(bench, "i:4")).attempts == 1
+    bench.move(LEASE)
+    await bench.store.sweep(0)
+    assert (await claim(bench, "j:1")).id == first
+    [second] = await submitted(bench)
+    assert (await claim(bench, "i:1")).id == second
 
 
 async def test_an_ended_lease_returns_the_job_to_the_front_of_the_queue(bench: Bench) -> None:
@@ -724,7 +744,7 @@ async def test_a_job_whose_lease_ends_in_every_attempt_fails(bench: Bench) -> No
 async def test_a_sweep_that_was_held_up_leaves_leases_alone(bench: Bench) -> None:
     await submitted(bench)
     await claim(bench, "i:1")
-    now, _ = await bench.store.extend("j", 0, [], LEASE)
+    now, _, _ = await bench.store.renew([], LEASE)
     bench.move(LEASE)
     assert (await bench.store.sweep(0, end_leases_by=now + 1000)).ended == []
     assert len((await bench.store.sweep(0, end_leases_by=now + round(1000 * LEASE))).ended) == 1
@@ -796,13 +816,14 @@ async def test_jobs_that_come_while_one_reads_do_not_shift_the_pages(bench: Benc
 
 
 async def test_pages_by_status_are_the_places_of_that_status(bench: Bench) -> None:
-    ids = await submitted(bench, 9)
+    ids, running = await submitted(bench, 9), list[Claim]()
     for n in range(6):
         claimed = await claim(bench, f"i:{n}")
+        running = [*running, claimed][-2:]
         if n < 4:
             await report(bench, claimed, "complete" if n % 2 else "fail", "0")
         bench.move(1)
-    await bench.store.extend("i", 4, ["i:4"], 2 * LEASE)  # which must not matter
+    await bench.store.renew([running[0]], 2 * LEASE)  # which must not matter
     delayed = await submitted(bench, 2, delay=60)
     assert await listed(bench, Status.FAILED, 1) == [[ids[2]], [ids[0]]]
     assert await listed(bench, Status.COMPLETED, 5) == [[ids[3], ids[1]]]
@@ -827,6 +848,166 @@ async def test_scripts_survive_a_redis_that_forgot_them(bench: Bench) -> None:
     await claim(bench, "i:1")
 
 
+# An error at every call of every script. Redis rolls nothing back, so the order of the calls must see to it.
+
+INJECTION = """
+local real, calls, fail_at = redis, 0, tonumber(redis.call('GET', KEYS[1] .. 'fail_at') or 0)
+local redis = {pcall = real.pcall, call = function(...)
+  calls = calls + 1
+  if calls == fail_at then error('injected', 0) end
+  return real.call(...)
+end}
+"""
+
+
+async def ready_to_claim(bench: Bench) -> Callable[[], Any]:
+    await submitted(bench, 2)
+    return lambda: bench.store.report_and_claim(None, "i:1", LEASE)
+
+
+async def a_claim_said_again(bench: Bench) -> Callable[[], Any]:
+    await submitted(bench, 2)
+    await claim(bench, "i:1")
+    return lambda: bench.store.report_and_claim(None, "i:1", LEASE)
+
+
+def a_report(*arguments: Any) -> Callable[[Bench], Any]:
+    async def ready_to_report(bench: Bench) -> Callable[[], Any]:
+        await submitted(bench, 2)
+        claimed = await claim(bench, "i:1")
+        return lambda: bench.store.report_and_claim(Report(claimed, *arguments), "i:2", LEASE)
+
+    ready_to_report.__name__ = arguments[0]
+    return ready_to_report
+
+
+async def ready_to_renew(bench: Bench) -> Callable[[], Any]:
+    await submitted(bench, 3)
+    claims = [await claim(bench, f"{n}:1") for n in range(3)]
+    await report(bench, claims[1], "release")
+    return lambda: bench.store.renew(claims, LEASE)
+
+
+async def ready_to_sweep(bench: Bench) -> Callable[[], Any]:
+    """Three are due, the leases of two ended, one of them in the last attempt, and two are to be deleted."""
+    await submitted(bench, 2)
+    for transition in ("complete", "fail"):
+        await report(bench, await claim(bench, "i:1"), transition, "1")
+    bench.move(100)
+    await submitted(bench, 1)
+    await submitted(bench, 1, max_retries=0)
+    await claim(bench, "i:2")
+    await claim(bench, "i:3")
+    await submitted(bench, 3, delay=LEASE)
+    bench.move(LEASE)
+    return lambda: bench.store.sweep(100)
+
+
+async def too_many_finished(bench: Bench) -> Callable[[], Any]:
+    await submitted(bench, 4)
+    for transition in ("complete", "fail", "complete"):
+        await report(bench, await claim(bench, "i:1"), transition, "1")
+        bench.move(1)
+    return lambda: bench.store.sweep(0, keep=1)
+
+
+def a_cancel(delay: float, claimed: bool) -> Callable[[Bench], Any]:
+    async def ready_to_cancel(bench: Bench) -> Callable[[], Any]:
+        [job_id] = await submitted(bench, delay=delay)
+        await submitted(bench)
+        if claimed:
+            await claim(bench, "i:1")
+        return lambda: bench.store.cancel(job_id)
+
+    ready_to_cancel.__name__ = f"cancel_{delay}_{claimed}"
+    return ready_to_cancel
+
+
+STATES: list[Callable[[Bench], Any]] = [
+    ready_to_claim,
+    a_claim_said_again,
+    *[
+        a_report(*each)
+        for each in (("complete", "3"), ("fail", "E"), ("retry", "E", 1), ("defer", "", 1), ("release",))
+    ],
+    ready_to_renew,
+    ready_to_sweep,
+    too_many_finished,
+    *[a_cancel(*each) for each in ((0, False), (60, False), (0, True))],
+]
+
+
+async def goes_wrong_at(bench: Bench, number: int, act: Callable[[], Any]) -> bool:
+    """Act with an error at that call of the script; whether there was such a call."""
+    bench.client.set(PREFIX + "fail_at", number)
+    try:
+        await act()
+    except redis.ResponseError:
+        return True
+    finally:
+        bench.client.set(PREFIX + "fail_at", 0)
+    return False
+
+
+async def let_all_finish(bench: Bench) -> None:
+    """Sweep and work until nothing is left to do."""
+    for number in range(20):
+        bench.move(60)
+        await bench.store.sweep(0)
+        _, claimed = await bench.store.report_and_claim(None, f"last:{number}", LEASE)
+        if claimed:
+            await report(bench, claimed, "complete", "3")
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
+async def test_an_error_at_any_call_of_a_script_loses_no_job(
+    bench: Bench, state: Callable[[Bench], Any], again: bool
+) -> None:
+    bench.store = Store(bench.pipeline, clock=INJECTION + Bench.CLOCK)
+    for number in itertools.count(1):
+        bench.client.flushdb()
+        bench.move(0)
+        act = await state(bench)
+        before = {job_id for ids in bench.places().values() for job_id in ids}
+        went_wrong = await goes_wrong_at(bench, number, act)
+        if again:
+            await act()
+        await let_all_finish(bench)
+        kept = {job_id for job_id in before if bench.job(job_id)}
+        assert kept == before or (state in (ready_to_sweep, too_many_finished) and len(before - kept) <= 2)
+        assert {bench.job(job_id)["status"] for job_id in kept} <= {"completed", "failed"}, number
+        if state in (ready_to_sweep, too_many_finished):  # the next one deletes what an error left over
+            await act()
+            kept = {job_id for job_id in before if bench.job(job_id)}
+        places = bench.places()
+        assert places.keys() <= {"completed", "failed"}, f"an error at call {number}"
+        for place, ids in places.items():
+            assert {bench.job(job_id)["status"] for job_id in ids} == {place}, f"an error at call {number}"
+        finished = [job_id for ids in places.values() for job_id in ids]
+        assert sorted(kept) == sorted(finished) == sorted(bench.client.zrange(PREFIX + "history", 0, -1))
+        if not went_wrong:
+            assert number > 3
+            return
+
+
+@pytest.mark.parametrize("key", ["", "a-key"])
+async def test_an_error_at_any_call_of_a_submission_leaves_nothing(bench: Bench, key: str) -> None:
+    bench.store = Store(bench.pipeline, clock=INJECTION + Bench.CLOCK)
+    [waiting] = await submitted(bench)
+    bench.client.set(PREFIX + "fail_at", 0)
+    before = sorted(bench.client.keys("*"))
+    for number in itertools.count(1):
+        jobs = [new_job(), new_job(delay=60), new_job()]
+        if not await goes_wrong_at(bench, number, partial(bench.store.submit, jobs, key, "x" if key else "")):
+            assert number > 12
+            assert bench.places() == {"queue": [waiting, jobs[0].id, jobs[2].id], "delayed": [jobs[1].id]}
+            return
+        assert sorted(bench.client.keys("*")) == before
+        assert bench.places() == {"queue": [waiting]}
+        assert bench.client.zrange(PREFIX + "history", 0, -1) == [waiting]
+
+
 async def test_filling_the_empty_queue_is_published_once(
     redis_server: RedisServer, nursery: trio.Nursery
 ) -> None:
@@ -846,38 +1027,39 @@ async def test_filling_the_empty_queue_is_published_once(
 
 
 async def test_a_bell_wakes_as_many_as_there_are_jobs(nursery: trio.Nursery) -> None:
-    bell, woken = Bell(), list[int]()
+    notifier, woken = Notifier(), list[int]()
 
     async def sleeper(n: int) -> None:
-        await bell.wait(bell.rings)
+        await notifier.wait(notifier.count)
         woken.append(n)
 
     for n in range(5):
         nursery.start_soon(sleeper, n)
     await wait_all_tasks_blocked()
-    bell.ring(2)
+    notifier.notify(2)
     await wait_all_tasks_blocked()
     assert len(woken) == 2
-    bell.ring()
+    notifier.notify()
     await wait_all_tasks_blocked()
     assert len(woken) == 5
 
 
-async def test_a_ring_before_the_wait_is_not_missed() -> None:
-    bell = Bell()
-    seen = bell.rings
-    bell.ring()
-    await bell.wait(seen)
+async def test_a_notification_before_the_wait_is_not_missed() -> None:
+    notifier = Notifier()
+    seen = notifier.count
+    notifier.notify()
+    await notifier.wait(seen)
 
 
-async def run_crew(bench: Bench, nursery: trio.Nursery, workers: int = 1, **settings: Any) -> Crew:
-    crew = Crew(bench.store, Settings(**settings))
+async def run_pool(bench: Bench, nursery: trio.Nursery, workers: int = 1, **settings: Any) -> WorkerPool:
+    pool = WorkerPool(bench.store, Settings(**settings))
     for _ in range(workers):
-        nursery.start_soon(jobqueue.work, crew)
-    nursery.start_soon(jobqueue.upkeep, crew)
-    nursery.start_soon(jobqueue.keep_time, crew)
+        nursery.start_soon(jobqueue.work, pool)
+    nursery.start_soon(jobqueue.heartbeat, pool)
+    nursery.start_soon(jobqueue.sweep, pool)
+    nursery.start_soon(jobqueue.watch_handlers, pool)
     await wait_all_tasks_blocked()
-    return crew
+    return pool
 
 
 async def finished(bench: Bench, job_id: str) -> dict[str, str]:
@@ -889,21 +1071,22 @@ async def finished(bench: Bench, job_id: str) -> dict[str, str]:
     raise AssertionError(bench.job(job_id))
 
 
-async def submit_typed(bench: Bench, crew: Crew, job_type: str, payload: str = "{}", **options: Any) -> str:
+async def submit_typed(
+    bench: Bench, pool: WorkerPool, job_type: str, payload: str = "{}", **options: Any
+) -> str:
     job = new_job(payload=payload, **options)._replace(job_type=job_type)
     await bench.store.submit([job])
-    crew.bell.ring(1)
+    pool.notifier.notify(1)
     return job.id
 
 
 async def test_a_job_is_run_and_its_result_kept(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
 ) -> None:
-    crew = await run_crew(memory_bench, nursery)
-    job_id = await submit_typed(memory_bench, crew, "math", '{"a": "5", "b": 3}')
+    pool = await run_pool(memory_bench, nursery)
+    job_id = await submit_typed(memory_bench, pool, "math", '{"a": "5", "b": 3}')
     assert (await finished(memory_bench, job_id))["result"] == "8"
-    assert crew.tokens - {f"{crew.instance}:{crew.claims}"} == set()
-    assert crew.runs == {}
+    assert pool.attempts == {}
 
 
 async def test_a_job_that_always_fails_is_run_once_and_then_max_retries_times(
@@ -916,8 +1099,8 @@ async def test_a_job_that_always_fails_is_run_once_and_then_max_retries_times(
         starts.append(trio.current_time())
         raise KeyError("why")
 
-    crew = await run_crew(memory_bench, nursery, retry_delay_seconds=10)
-    job_id = await submit_typed(memory_bench, crew, "bad")
+    pool = await run_pool(memory_bench, nursery, retry_delay_seconds=10)
+    job_id = await submit_typed(memory_bench, pool, "bad")
     job = await finished(memory_bench, job_id)
     assert (job["status"], job["error"], job["attempts"]) == ("failed", "KeyError: 'why'", "4")
     waits = [b - a for a, b in itertools.pairwise(starts)]
@@ -937,8 +1120,8 @@ async def test_a_job_that_fails_once_completes_in_its_second_attempt(
             raise ExceptionGroup("a nursery", [ValueError("not yet")])
         return "ok"
 
-    crew = await run_crew(memory_bench, nursery)
-    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "flaky"))
+    pool = await run_pool(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, pool, "flaky"))
     assert (job["status"], job["result"], job["attempts"]) == ("completed", '"ok"', "2")
 
 
@@ -956,8 +1139,8 @@ async def test_a_run_longer_than_its_timeout_is_cancelled_and_is_a_failed_attemp
         finally:
             record.append(trio.current_time() - begun)
 
-    crew = await run_crew(memory_bench, nursery)
-    job_id = await submit_typed(memory_bench, crew, "slow", max_retries=0, timeout=seconds)
+    pool = await run_pool(memory_bench, nursery)
+    job_id = await submit_typed(memory_bench, pool, "slow", max_retries=0, timeout=seconds)
     job = await finished(memory_bench, job_id)
     assert (job["status"], job["error"]) == ("failed", f"timed out after {seconds:g} s")
     assert record == [pytest.approx(seconds)]
@@ -981,7 +1164,7 @@ async def test_after_a_cancelled_run_the_worker_goes_on_and_after_others_it_has_
             await trio.sleep(10)
         return "done"
 
-    crew = await run_crew(memory_bench, nursery)
+    pool = await run_pool(memory_bench, nursery)
     for job_type, payload, status in [
         ("nap", '{"seconds": 4}', "completed"),
         ("nap", '{"seconds": 6}', "failed"),
@@ -992,7 +1175,7 @@ async def test_after_a_cancelled_run_the_worker_goes_on_and_after_others_it_has_
     ]:
         options = {"max_retries": 0, "timeout": 5}
         job = await finished(
-            memory_bench, await submit_typed(memory_bench, crew, job_type, payload, **options)
+            memory_bench, await submit_typed(memory_bench, pool, job_type, payload, **options)
         )
         assert (job["status"], "error" in job) == (status, status == "failed")
         await trio.sleep(20)
@@ -1006,8 +1189,8 @@ async def test_a_handler_that_exits_ends_its_attempt_and_not_the_service(
     async def leave() -> None:
         sys.exit("no such option")
 
-    crew = await run_crew(memory_bench, nursery)
-    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "leave", max_retries=0))
+    pool = await run_pool(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, pool, "leave", max_retries=0))
     assert job["error"] == "SystemExit: no such option"
 
 
@@ -1022,8 +1205,8 @@ async def test_an_error_that_cannot_be_shown_is_a_failed_attempt_all_the_same(
     async def mute() -> None:
         raise MuteError
 
-    crew = await run_crew(memory_bench, nursery)
-    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "mute", max_retries=0))
+    pool = await run_pool(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, pool, "mute", max_retries=0))
     assert "MuteError" in job["error"]
 
 
@@ -1031,11 +1214,11 @@ async def test_what_redis_refuses_the_workers_is_logged_but_not_all_the_time(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     memory_bench.refuses = "READONLY of a replica"
-    crew = await run_crew(memory_bench, nursery, workers=3)
+    pool = await run_pool(memory_bench, nursery, workers=3)
     await trio.sleep(15)
     assert caplog.text.count("Redis refused: READONLY") == 2
     memory_bench.refuses = ""
-    job_id = await submit_typed(memory_bench, crew, "math", '{"a": 1, "b": 1}')
+    job_id = await submit_typed(memory_bench, pool, "math", '{"a": 1, "b": 1}')
     assert (await finished(memory_bench, job_id))["result"] == "2"
 
 
@@ -1045,8 +1228,8 @@ async def test_who_may_not_listen_for_work_is_told_so(
     server = own_redis()
     server.client.acl_setuser("default", enabled=True, nopass=True, reset_channels=True)
     connection = RedisConnection(server.url)
-    crew = Crew(Store(AutoPipeline(connection.exchange)), Settings())
-    nursery.start_soon(jobqueue.listen, connection, crew)
+    pool = WorkerPool(Store(AutoPipeline(connection.exchange)), Settings())
+    nursery.start_soon(jobqueue.listen, connection, pool)
     await trio.to_thread.run_sync(eventually, lambda: "Redis refused" in caplog.text)
     nursery.cancel_scope.cancel()
 
@@ -1066,10 +1249,10 @@ async def test_what_a_handler_raises_beside_its_cancellation_stops_no_worker(
             children.start_soon(child)
             children.start_soon(trio.sleep_forever)
 
-    crew = await run_crew(memory_bench, nursery)
-    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "untidy", max_retries=0))
-    assert (job["status"], job["error"]) == ("failed", "timed out after 60 s")
-    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "math", '{"a": 1, "b": 1}'))
+    pool = await run_pool(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, pool, "untidy", max_retries=0))
+    assert (job["status"], job["error"]) == ("failed", "timed out after 60 s; KeyError: 'while unwinding'")
+    job = await finished(memory_bench, await submit_typed(memory_bench, pool, "math", '{"a": 1, "b": 1}'))
     assert job["result"] == "2"
 
 
@@ -1084,10 +1267,10 @@ async def test_a_worker_that_finds_more_jobs_wakes_as_many_others(
         present += 1
         await trio.sleep(0.1)
 
-    crew = await run_crew(memory_bench, nursery, workers=5)
+    pool = await run_pool(memory_bench, nursery, workers=5)
     jobs = [new_job(payload="{}")._replace(job_type="meet") for _ in range(4)]
     await memory_bench.store.submit(jobs)
-    crew.bell.ring(1)
+    pool.notifier.notify(1)
     await trio.sleep(0.05)
     assert present == 4
 
@@ -1108,25 +1291,28 @@ async def test_a_result_that_is_not_json_is_a_failed_attempt(
     async def odd() -> Any:
         return result
 
-    crew = await run_crew(memory_bench, nursery)
-    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "odd", max_retries=0))
+    pool = await run_pool(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, pool, "odd", max_retries=0))
     assert job["status"] == "failed"
     assert "JSON" in job["error"]
 
 
-async def test_a_type_that_this_instance_does_not_know_is_a_failed_attempt(
-    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
+async def test_a_type_that_this_instance_does_not_know_is_left_to_others(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
-    crew = await run_crew(memory_bench, nursery)
-    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "other", max_retries=0))
-    assert job["error"] == "LookupError: there is no handler for 'other' here"
+    pool = await run_pool(memory_bench, nursery)
+    ids = [await submit_typed(memory_bench, pool, "other", max_retries=0) for _ in range(3)]
+    await trio.sleep(60)
+    assert [memory_bench.job(job_id)["attempts"] for job_id in ids] == ["0"] * 3
+    assert memory_bench.places() == {"delayed": sorted(ids)}
+    assert caplog.text.count("no handler") == 1
 
 
 async def test_a_long_job_keeps_its_lease(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
 ) -> None:
-    crew = await run_crew(memory_bench, nursery, lease_seconds=1)
-    job_id = await submit_typed(memory_bench, crew, "long", '{"seconds": 30}')
+    pool = await run_pool(memory_bench, nursery, lease_seconds=1)
+    job_id = await submit_typed(memory_bench, pool, "long", '{"seconds": 30}')
     assert (await finished(memory_bench, job_id))["attempts"] == "1"
 
 
@@ -1147,8 +1333,8 @@ async def test_who_loses_his_lease_is_cancelled_and_reports_nothing(
             record.append("cancelled")
             raise ValueError("a bad clean-up") from None
 
-    crew = await run_crew(memory_bench, nursery)
-    job_id = await submit_typed(memory_bench, crew, "slow")
+    pool = await run_pool(memory_bench, nursery)
+    job_id = await submit_typed(memory_bench, pool, "slow")
     await trio.sleep(1)
     memory_bench.client.hset(f"{{jobqueue}}:job:{job_id}", "token", "another:1")
     await trio.sleep(1)
@@ -1161,7 +1347,7 @@ async def test_who_loses_his_lease_is_cancelled_and_reports_nothing(
 async def test_a_claim_whose_reply_was_lost_is_run_all_the_same_and_counts_once(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
 ) -> None:
-    carry, lost = memory_bench.carrier, list[Any]()
+    carry, lost = memory_bench.transport, list[Any]()
 
     async def lossy(commands: Any) -> list[Any]:
         replies = await carry(commands)
@@ -1170,9 +1356,9 @@ async def test_a_claim_whose_reply_was_lost_is_run_all_the_same_and_counts_once(
             raise redis.ConnectionError("cut")
         return replies
 
-    memory_bench.carrier = lossy
-    crew = await run_crew(memory_bench, nursery, max_retries=0)
-    job_id = await submit_typed(memory_bench, crew, "math", '{"a": 1, "b": 2}', max_retries=0)
+    memory_bench.transport = lossy
+    pool = await run_pool(memory_bench, nursery, max_retries=0)
+    job_id = await submit_typed(memory_bench, pool, "math", '{"a": 1, "b": 2}', max_retries=0)
     job = await finished(memory_bench, job_id)
     assert lost
     assert (job["status"], job["attempts"]) == ("completed", "1")
@@ -1181,7 +1367,7 @@ async def test_a_claim_whose_reply_was_lost_is_run_all_the_same_and_counts_once(
 async def test_a_report_whose_reply_was_lost_is_sent_again(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
 ) -> None:
-    carry, lost = memory_bench.carrier, list[Any]()
+    carry, lost = memory_bench.transport, list[Any]()
 
     async def lossy(commands: Any) -> list[Any]:
         replies = await carry(commands)
@@ -1190,9 +1376,9 @@ async def test_a_report_whose_reply_was_lost_is_sent_again(
             raise redis.ConnectionError("cut")
         return replies
 
-    memory_bench.carrier = lossy
-    crew = await run_crew(memory_bench, nursery)
-    job = await finished(memory_bench, await submit_typed(memory_bench, crew, "math", '{"a": 1, "b": 2}'))
+    memory_bench.transport = lossy
+    pool = await run_pool(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, pool, "math", '{"a": 1, "b": 2}'))
     await trio.sleep(2)
     assert len(lost) == 3
     assert (job["status"], job["attempts"]) == ("completed", "1")
@@ -1203,14 +1389,14 @@ async def test_stopping_lets_busy_workers_finish_and_claims_nothing_more(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
 ) -> None:
     async with trio.open_nursery() as workers:
-        crew = await run_crew(memory_bench, nursery, workers=0)
+        pool = await run_pool(memory_bench, nursery, workers=0)
         for _ in range(2):
-            workers.start_soon(jobqueue.work, crew)
-        running = [await submit_typed(memory_bench, crew, "long", '{"seconds": 5}') for _ in range(2)]
-        waiting = await submit_typed(memory_bench, crew, "long")
+            workers.start_soon(jobqueue.work, pool)
+        running = [await submit_typed(memory_bench, pool, "long", '{"seconds": 5}') for _ in range(2)]
+        waiting = await submit_typed(memory_bench, pool, "long")
         await trio.sleep(1)
-        crew.stop(grace=20)
-        crew.stop(grace=20)
+        pool.stop(grace=20)
+        pool.stop(grace=20)
     assert trio.current_time() < 6
     assert memory_bench.places() == {"queue": [waiting], "completed": sorted(running)}
 
@@ -1229,13 +1415,13 @@ async def test_at_the_end_of_the_grace_a_run_is_cancelled_and_released(
             record.append(trio.current_time() - stopped_at)
 
     async with trio.open_nursery() as workers:
-        crew = await run_crew(memory_bench, nursery, workers=0)
-        workers.start_soon(jobqueue.work, crew)
-        job_id = await submit_typed(memory_bench, crew, "slow")
-        waiting = await submit_typed(memory_bench, crew, "math")
+        pool = await run_pool(memory_bench, nursery, workers=0)
+        workers.start_soon(jobqueue.work, pool)
+        job_id = await submit_typed(memory_bench, pool, "slow")
+        waiting = await submit_typed(memory_bench, pool, "math")
         await trio.sleep(1)
         stopped_at = trio.current_time()
-        crew.stop(grace)
+        pool.stop(grace)
     assert record == [pytest.approx(grace)]
     assert memory_bench.places() == {"queue": [job_id, waiting]}
     assert memory_bench.job(job_id)["attempts"] == "0"
@@ -1245,26 +1431,27 @@ async def test_idle_workers_leave_at_once(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
 ) -> None:
     async with trio.open_nursery() as workers:
-        crew = await run_crew(memory_bench, nursery, workers=0)
+        pool = await run_pool(memory_bench, nursery, workers=0)
         for _ in range(10):
-            workers.start_soon(jobqueue.work, crew)
+            workers.start_soon(jobqueue.work, pool)
         await wait_all_tasks_blocked()
-        crew.stop(grace=20)
+        pool.stop(grace=20)
     assert trio.current_time() < 1
 
 
-async def test_other_instances_may_extend_their_leases_first_when_redis_is_back(
+async def test_other_instances_may_renew_their_leases_first_when_redis_is_back(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
 ) -> None:
-    await run_crew(memory_bench, nursery, workers=0, lease_seconds=2)
+    await run_pool(memory_bench, nursery, workers=0, lease_seconds=2)
     [job_id] = await submitted(memory_bench)
-    await memory_bench.store.report_and_claim(None, "other:1", 2)
+    _, claimed = await memory_bench.store.report_and_claim(None, "other:1", 2)
+    assert claimed
     await trio.sleep(1.5)
     memory_bench.away = True
     await trio.sleep(10)
     memory_bench.away = False
     await trio.sleep(0.7)
-    assert (await memory_bench.store.extend("other", 1, ["other:1"], 60))[1] == []
+    assert (await memory_bench.store.renew([claimed], 60))[1] == []
     await trio.sleep(3)
     assert memory_bench.places() == {"processing": [job_id]}
 
@@ -1272,8 +1459,8 @@ async def test_other_instances_may_extend_their_leases_first_when_redis_is_back(
 async def test_leases_are_not_ended_just_after_redis_was_away(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
 ) -> None:
-    crew = await run_crew(memory_bench, nursery, lease_seconds=2)
-    job_id = await submit_typed(memory_bench, crew, "long", '{"seconds": 30}')
+    pool = await run_pool(memory_bench, nursery, lease_seconds=2)
+    job_id = await submit_typed(memory_bench, pool, "long", '{"seconds": 30}')
     await trio.sleep(5)
     memory_bench.away = True
     await trio.sleep(10)
@@ -1291,8 +1478,8 @@ class Api:
 
     def __init__(self, bench: Bench, settings: Settings) -> None:
         self.bench = bench
-        self.crew = Crew(bench.store, settings)
-        self.client: Any = jobqueue.create_app(self.crew).test_client()
+        self.pool = WorkerPool(bench.store, settings)
+        self.client: Any = jobqueue.create_app(self.pool).test_client()
 
     async def post(self, body: Any, content_type: str = "application/json") -> tuple[int, Any]:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -1308,7 +1495,7 @@ class Api:
 @pytest.fixture
 async def api(nursery: trio.Nursery) -> Api:
     client = fakeredis.FakeRedis(decode_responses=True)
-    bench = Bench(memory_carrier(client), client)
+    bench = Bench(memory_transport(client), client)
     nursery.start_soon(bench.pipeline.run)
     return Api(bench, Settings(max_body_bytes=200_000))
 
@@ -1335,8 +1522,8 @@ async def test_a_job_is_accepted_with_its_id_and_its_address(api: Api, job: dict
 async def test_the_first_job_in_memory_need_not_wait_for_a_sweep(
     autojump_clock: MockClock, api: Api, nursery: trio.Nursery
 ) -> None:
-    for task in (jobqueue.work, jobqueue.upkeep):
-        nursery.start_soon(task, api.crew)
+    for task in (jobqueue.work, jobqueue.heartbeat):
+        nursery.start_soon(task, api.pool)
     await trio.sleep(0.1)
     _, answer = await api.post(GOOD)
     await wait_all_tasks_blocked()
@@ -1507,7 +1694,7 @@ async def test_redis_away_is_503_with_retry_after(api: Api) -> None:
     async def away(commands: Any) -> list[Any]:
         raise redis.ConnectionError("connection refused")
 
-    api.bench.carrier = away
+    api.bench.transport = away
     for path in ("/jobs", "/jobs?limit=1", "/job/x"):
         assert (await api.get(path))[0] == 503
     assert api.headers["Retry-After"] == "1"
@@ -1606,14 +1793,14 @@ async def test_a_wait_ends_when_the_time_is_up_with_the_job_as_it_is(
     begun = trio.current_time()
     status, job = await api.get(f"/job/{answer['id']}?wait=7.5")
     assert (status, job["status"], trio.current_time() - begun) == (200, "pending", 7.5)
-    assert len(api.crew.ends) == 0
+    assert len(api.pool.waiters) == 0
 
 
 async def test_a_wait_ends_at_once_when_the_job_ends_here(
     autojump_clock: MockClock, api: Api, nursery: trio.Nursery
 ) -> None:
     _, answer = await api.post({"job_type": "long", "payload": {"seconds": 3.25}})
-    nursery.start_soon(jobqueue.work, api.crew)
+    nursery.start_soon(jobqueue.work, api.pool)
     _, job = await api.get(f"/job/{answer['id']}?wait=30")
     assert (job["status"], trio.current_time()) == ("completed", 3.25)
 
@@ -1621,10 +1808,10 @@ async def test_a_wait_ends_at_once_when_the_job_ends_here(
 async def test_a_wait_sees_within_half_a_second_a_job_that_ends_elsewhere(
     autojump_clock: MockClock, api: Api, nursery: trio.Nursery
 ) -> None:
-    other = Crew(api.bench.store, Settings())
+    other = WorkerPool(api.bench.store, Settings())
     _, answer = await api.post({"job_type": "long", "payload": {"seconds": 3.25}})
     nursery.start_soon(jobqueue.work, other)
-    nursery.start_soon(jobqueue.upkeep, api.crew)
+    nursery.start_soon(jobqueue.sweep, api.pool)
     _, job = await api.get(f"/job/{answer['id']}?wait=30")
     assert job["status"] == "completed"
     assert 3.25 <= trio.current_time() <= 3.75
@@ -1637,7 +1824,7 @@ async def test_a_shutdown_answers_those_who_wait(
 
     async def stop() -> None:
         await trio.sleep(2.2)
-        api.crew.stop(grace=20)
+        api.pool.stop(grace=20)
 
     nursery.start_soon(stop)
     status, job = await api.get(f"/job/{answer['id']}?wait=30")
@@ -1694,9 +1881,9 @@ async def test_cancelling_a_running_job_cancels_its_handler_within_a_second(
         finally:
             record.append(trio.current_time())
 
-    other = Crew(api.bench.store, Settings())
+    other = WorkerPool(api.bench.store, Settings())
     nursery.start_soon(jobqueue.work, other)
-    nursery.start_soon(jobqueue.upkeep, other)
+    nursery.start_soon(jobqueue.heartbeat, other)
     _, answer = await api.post({"job_type": "slow", "payload": {}})
     await trio.sleep(3.3)
     assert (await api.get(f"/job/{answer['id']}", "DELETE"))[0] == 200
@@ -1836,11 +2023,11 @@ async def test_email_with_a_line_break_in_a_header_is_refused(mailbox: Mailbox, 
 async def test_a_refusal_of_the_smtp_server_is_the_error_of_the_job(
     mailbox: Mailbox, bench: Bench, nursery: trio.Nursery
 ) -> None:
-    crew = Crew(bench.store, Settings())
-    nursery.start_soon(jobqueue.work, crew)
+    pool = WorkerPool(bench.store, Settings())
+    nursery.start_soon(jobqueue.work, pool)
     payload = json.dumps(EMAIL | {"to": "nobody@example.com"})
-    job_id = await submit_typed(bench, crew, "email", payload, max_retries=0)
-    await crew.ends.setdefault(job_id, trio.Event()).wait()
+    job_id = await submit_typed(bench, pool, "email", payload, max_retries=0)
+    await pool.waiters.setdefault(job_id, trio.Event()).wait()
     assert "no such mailbox" in bench.job(job_id)["error"]
 
 
@@ -1902,34 +2089,27 @@ def test_the_program_runs_jobs_and_stops_cleanly(
     assert program.lines[-1].endswith("stopped\n")
 
 
-H2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # and empty SETTINGS
-H2_ODD_PATH = b"\0\0\x0d\1\5\0\0\0\1" + b"\x82\x86\4\2/\xff\1\5local"  # HEADERS: GET /\xff
-
-
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
         (b"GET /jobs HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
-         b"HTTP2-Settings: abc\r\n\r\n", b""),
-        (H2_PREFACE + H2_ODD_PATH, b""),
+         b"HTTP2-Settings: abc\r\n\r\n", b"HTTP/1.1 200"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0", b"HTTP/1.1 505"),
         (b"GET ?x HTTP/1.1\r\nHost: localhost\r\n\r\n", b"HTTP/1.1 400"),
         (b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n", b"HTTP/1.1 400"),
         (b"GET /x HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
          b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZQ==\r\n\r\n", b"HTTP/1.1 404"),
     ],
 )  # fmt: skip
-def test_an_odd_connection_ends_alone(start: Start, request_: bytes, status: bytes) -> None:
+def test_an_odd_request_is_answered_in_http_1(start: Start, request_: bytes, status: bytes) -> None:
     program = start()
     with socket.create_connection(("127.0.0.1", program.port), timeout=30) as connection:
         connection.sendall(request_)
         received = b""
-        while data := connection.recv(65_536):
+        while b"\r\n\r\n" not in received and (data := connection.recv(65_536)):
             received += data
-            if status and b"\r\n\r\n" in received:
-                break
     assert received.startswith(status)
     assert program.ended(program.submit("math", a=1, b=2))["result"] == 3
-    assert status or eventually(lambda: program.logged("WARNING a connection broke"))
     assert program.stop() == 0
 
 
@@ -1938,8 +2118,8 @@ def test_a_signal_during_the_start_is_heeded_after_it(grace: str) -> None:
     code = """if True:
         import os, signal, jobqueue
         jobqueue.EXIT_SECONDS = 20  # it is to end by itself
-        signal.pthread_sigmask(signal.SIG_BLOCK, jobqueue.SIGNALS)
-        os.kill(os.getpid(), signal.SIGTERM)
+        set_up, pid = jobqueue.set_up_logging, os.getpid()
+        jobqueue.set_up_logging = lambda level: (set_up(level), os.kill(pid, signal.SIGTERM))
         jobqueue.main()"""
     command = [sys.executable, "-c", code, "--port", "0", "--shutdown-grace-seconds", grace]
     run = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=MODULE.parent)
@@ -2035,9 +2215,9 @@ def test_a_bug_in_a_task_ends_the_program_with_a_traceback_and_status_1(tmp_path
     module = tmp_path / "broken.py"
     module.write_text(
         "import jobqueue\n"
-        "async def upkeep(crew):\n"
+        "async def upkeep(pool):\n"
         "    raise ZeroDivisionError('a bug')\n"
-        "jobqueue.upkeep = upkeep\n"
+        "jobqueue.heartbeat = upkeep\n"
         "jobqueue.main()\n"
     )
     environ = os.environ | {"PYTHONPATH": str(Path(jobqueue.__file__).parent), "PORT": "0"}
