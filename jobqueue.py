@@ -32,6 +32,7 @@ To read it
 from __future__ import annotations
 
 import argparse
+import copy
 import errno
 import hashlib
 import hmac
@@ -51,24 +52,23 @@ import ssl
 import sys
 import threading
 import traceback
-import types
-import typing
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from email.message import EmailMessage
 from enum import StrEnum
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Annotated, Any, NamedTuple, TypeVar, cast
 from urllib.parse import unquote, urlencode, urlsplit
 from weakref import WeakValueDictionary
 
 import h11
 import hiredis
 import hypercorn
+import msgspec
 import outcome
 import redis
 import trio
@@ -78,6 +78,7 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ASGIReceiveCallable, ASGISendCallable, ConnectionState, Scope
+from msgspec import UNSET, Meta, UnsetType
 from quart import Response, has_request_context, redirect, render_template, request
 from quart_trio import QuartTrio
 from redis.backoff import NoBackoff
@@ -87,8 +88,10 @@ from redis.sentinel import MasterNotFoundError, Sentinel
 from werkzeug import exceptions as http
 from werkzeug.datastructures import MultiDict, WWWAuthenticate
 
+__version__ = "2.0.0"
+PROGRAM = os.path.basename(sys.argv[0]) or "jobqueue.py"  # a fork's own name
+LAYOUT = "2"  # of the keys in Redis: programs with another one must not share it
 log = logging.getLogger("jobqueue")
-current_job: ContextVar[str] = ContextVar("current_job", default="")  # the id of the job that a task runs
 
 # ── Settings ────────────────────────────────────────────────────────────────────────────────────
 
@@ -118,8 +121,12 @@ class Settings:
     lease_seconds: float = _setting(15.0, "a worker silent for so long has lost its job", 0.5, 3600)
     shutdown_grace_seconds: float = _setting(20.0, "what running jobs get to finish at shutdown", 0, 86_400)
     retention_seconds: float = _setting(604_800.0, "how long finished jobs are kept; 0: for ever", 0, 1e10)
-    keep_jobs: int = _setting(1_000_000, "finished jobs kept at most, the oldest go first; 0: no limit", 0, 1 << 40)
-    max_body_bytes: int = _setting(1_048_576, "the largest request body, and the largest result", 1024, 1 << 30)
+    keep_jobs: int = _setting(
+        1_000_000, "finished jobs kept at most, the oldest go first; 0: no limit", 0, 1 << 40
+    )
+    max_body_bytes: int = _setting(
+        1_048_576, "the largest request body, and the largest result", 1024, 1 << 30
+    )
     api_token: str = _setting("", "what clients must send as Authorization: Bearer; unset: nothing")
     smtp_url: str = _setting("", "smtp://user:password@host:port or smtps://; unset: e-mail is simulated")
     smtp_from: str = _setting("jobqueue@localhost", "the sender of e-mail")
@@ -152,10 +159,11 @@ class Settings:
     def read(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         """The settings that flags and variables ask for; a bad one ends the program with status 2."""
         parser = argparse.ArgumentParser(
-            prog="jobqueue.py",
+            prog=PROGRAM,
             usage="%(prog)s [--help] [--SETTING VALUE ...]",
             description="A job queue service. Each setting is a flag, or the environment variable beside it.",
         )
+        parser.add_argument("--version", action="version", version=__version__)
         for f in fields(cls):
             default = f"{f.default:.12g}" if isinstance(f.default, float) else f.default or "unset"
             text = f"{f.metadata['meaning']} ({f.name.upper()}, default: {default})"
@@ -166,7 +174,7 @@ class Settings:
             kinds = {f.name: type(f.default) for f in fields(cls)}
             return cls(**{name: _convert(name.upper(), kinds[name], text) for name, text in texts.items()})
         except ValueError as error:
-            parser.exit(2, f"jobqueue.py: {error}\n")
+            parser.exit(2, f"{PROGRAM}: {error}\n")
 
 
 def _convert(name: str, kind: type, text: str) -> Any:
@@ -190,6 +198,19 @@ class Status(StrEnum):
 
 
 FINISHED = {Status.COMPLETED, Status.FAILED}
+MaxRetries = Annotated[int, Meta(ge=0, le=100)]
+Timeout = Annotated[float, Meta(ge=0.001, le=604_800)]
+Delay = Annotated[float, Meta(ge=0, le=366 * 86_400)]
+
+
+class JobRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """A job as a client asks for it."""
+
+    job_type: str
+    payload: msgspec.Raw  # an object, which is stored as it is
+    max_retries: MaxRetries | UnsetType = UNSET
+    timeout: Timeout | UnsetType = UNSET  # seconds for one attempt
+    delay: Delay = 0  # seconds before the first attempt
 
 
 class NewJob(NamedTuple):
@@ -199,8 +220,8 @@ class NewJob(NamedTuple):
     job_type: str
     payload: str  # an object, as JSON
     max_retries: int
-    timeout: float  # seconds for one run
-    delay: float  # seconds before the first run
+    timeout: float  # seconds for one attempt
+    delay: float  # seconds before the first attempt
 
 
 class Claim(NamedTuple):
@@ -213,58 +234,54 @@ class Claim(NamedTuple):
     payload: str  # an object, as JSON
     attempts: int  # those begun, this one included
     max_retries: int
-    timeout: float  # seconds for one run
+    timeout: float  # seconds for one attempt
 
 
-def _json_time(milliseconds: str) -> str:
+_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=msgspec.to_builtins).encode
+_check_json = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+def to_json(value: Any) -> str:
+    """The JSON of a result: of what JSON has, and of dates, enums, dataclasses, UUIDs, decimals and the like.
+
+    Raises ValueError for anything else, as a number that is not finite, or half a surrogate pair.
+    """
+    try:
+        text = _json(value)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the result is not JSON: {error}") from None
+    return text
+
+
+def _shown_time(milliseconds: str) -> str:
     moment = datetime.fromtimestamp(int(milliseconds) / 1000, UTC)
     return f'"{moment.isoformat(timespec="milliseconds")[:-6]}Z"'
 
 
-def _json_text(text: str) -> str:
-    json.loads(text)
-    return text
-
-
-def _json_number(text: str) -> str:
-    return str(json.loads(text) + 0)
-
-
-_encode = json.encoder.encode_basestring  # of a text
-_decode = json.JSONDecoder().raw_decode  # the quick way, for what was encoded here
-# What JSONEncoder.encode makes anew for each value, which takes longer than to use it: its arguments are
-# markers, default, encoder, indent, separators, sort_keys, skipkeys and allow_nan.
-_parts = cast(Any, json.encoder).c_make_encoder(
-    None, json.JSONEncoder().default, _encode, None, ": ", ", ", False, False, False
-)
-
-
-def to_json(value: Any) -> str:
-    """The JSON of a value.
-
-    Raises TypeError if it has what JSON has not, ValueError if it has a number that is not finite, or half a
-    surrogate pair, and RecursionError if it is nested too deeply, or in itself.
-    """
-    text = "".join(_parts(value, 0))
-    text.encode()
+def _shown_json(text: str) -> str:
+    _check_json(text)
     return text
 
 
 # What is stored of a job and shown of it, in this order, and how each is written in JSON. Payload and
 # result are JSON already: they pass through untouched, however deep they are and whatever numbers they hold.
 FIELDS: dict[str, Callable[[str], str]] = {
-    "job_type": _encode,
-    "payload": _json_text,
-    "status": _encode,
-    "attempts": _json_number,
-    "max_retries": _json_number,
-    "timeout": _json_number,
-    "result": _json_text,
-    "error": _encode,
-    "created_at": _json_time,
-    "due_at": _json_time,
-    "started_at": _json_time,
-    "finished_at": _json_time,
+    "job_type": _json,
+    "payload": _shown_json,
+    "status": _json,
+    "attempts": _shown_json,
+    "max_retries": _shown_json,
+    "timeout": _shown_json,
+    "worker": _json,
+    "progress": _shown_json,
+    "result": _shown_json,
+    "error": _json,
+    "traceback": _json,
+    "created_at": _shown_time,
+    "due_at": _shown_time,
+    "started_at": _shown_time,
+    "finished_at": _shown_time,
 }
 
 
@@ -273,13 +290,13 @@ def job_json(job_id: str, values: Iterable[str | None]) -> str:
 
     A value that somebody else has damaged is shown as the text that it is.
     """
-    shown = []
+    shown = [f'"id": {_json(job_id)}']
     for (name, write), value in zip(FIELDS.items(), values, strict=True):
         try:
             shown.append(f'"{name}": {"null" if value is None else write(value)}')
-        except (ValueError, TypeError, OverflowError, RecursionError):
-            shown.append(f'"{name}": {_encode(value or "")}')
-    return f'{{"id": {_encode(job_id)}, {", ".join(shown)}}}'
+        except (ValueError, OverflowError, RecursionError):
+            shown.append(f'"{name}": {_json(value)}')
+    return f"{{{', '.join(shown)}}}"
 
 
 BACKOFF_CAP_SECONDS = 300.0
@@ -296,16 +313,72 @@ def backoff(attempt: int, first: float, jitter: Callable[[], float] = random.ran
 
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────
 
-JSON_TYPES = {str, int, float, bool, list, dict, types.NoneType}
+
+class Unrecoverable(Exception):  # noqa: N818
+    """Raised by a handler for a job that no retry can help: it fails at once."""
 
 
-class Parameter(NamedTuple):
-    """A field of a payload, as the signature of a handler has it."""
+class Job(NamedTuple):
+    """What a handler can know of the job that it runs."""
 
-    annotation: str  # as it is written there, or empty
-    kinds: set[type]  # of the values that fit; empty: all
-    required: bool
-    default: str  # as JSON, or empty
+    id: str
+    job_type: str
+    attempt: int  # 1 for the first
+    max_retries: int
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One execution of a job's handler, here and now."""
+
+    claim: Claim
+    scope: trio.CancelScope  # it is cancelled at the deadline, or for one of the two reasons below
+    begun: float  # on Trio's clock
+    lost: bool = False  # the lease: the job is somebody else's
+    cancelled: bool = False  # by a DELETE
+    overstays: int = 0  # ticks since its scope was cancelled
+    progress: str = ""  # as JSON, until the next heartbeat takes it
+
+
+_attempt: ContextVar[Attempt] = ContextVar(
+    "_attempt"
+)  # of the handler that runs here, or in whose thread this is
+
+
+def job() -> Job:
+    """The job that this handler runs. Raises LookupError outside of a handler."""
+    claim = _attempt.get().claim
+    return Job(claim.id, claim.job_type, claim.attempts, claim.max_retries)
+
+
+def progress(done: float, note: str = "") -> None:
+    """Tell how much of this job is done, from 0 to 1, and a word about it; shown half a second later.
+
+    From `async def` and from `def`. Outside of a running job, as in a test, it does nothing.
+    """
+    if attempt := _attempt.get(None):
+        attempt.progress = _json({"done": round(float(done), 4), "note": str(note)[:200]})
+
+
+def explain(error: Exception, root: str, names: Iterable[str], schema: Any = None) -> str:
+    """What is wrong with a JSON text, and where: `payload.ns[0]: expected int, got str`."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{root} is not UTF-8: {error.reason} at byte {error.start}"
+    if isinstance(error, RecursionError):
+        return f"{root} is nested too deeply"
+    if not isinstance(error, msgspec.ValidationError):
+        return f"{root} is not JSON: {error}"
+    what, _, path = str(error).replace("`", "").partition(" - at $")
+    if name := re.fullmatch("Object (missing required|contains unknown) field (.*)", what):
+        verb = "is missing" if name[1].startswith("m") else "is not one of the fields"
+        fields = "" if path else f"; they are: {', '.join(names) or 'none'}"
+        return f"{root}{path}.{name[2][:80]} {verb}{fields}"
+    if what.startswith("Invalid enum value") and (parameter := re.match(r"\.(\w+)", path)):
+        used = str(schema["properties"][parameter[1]])
+        used += str([each for name, each in schema["$defs"].items() if f"/{name}'" in used])
+        found = re.findall(r"'enum': \[(.*?)\]", used)
+        what += f"; it must be one of: {' or '.join(found)}"
+    return f"{root}{path}: {what[0].lower()}{what[1:]}"
 
 
 @dataclass(frozen=True)
@@ -314,53 +387,34 @@ class Handler:
 
     function: Callable[..., Any]
     doc: str
-    parameters: Mapping[str, Parameter]
     is_async: bool
+    read_struct: Callable[[str], Any]
+    schema: dict[str, Any]  # JSON Schema of the payload
 
-    def check(self, payload: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the parameter, unless `payload` fits the signature."""
-        known = ", ".join(self.parameters) or "none"
-        for name in payload:
-            if name not in self.parameters:
-                raise ValueError(f"payload.{name} is not a parameter; they are: {known}")
-        for name, parameter in self.parameters.items():
-            if name not in payload:
-                if parameter.required:
-                    raise ValueError(f"payload.{name} is missing; the parameters are: {known}")
-            elif parameter.kinds and type(payload[name]) not in parameter.kinds:
-                given = json.dumps(payload[name])[:80]
-                raise ValueError(f"payload.{name} must be {parameter.annotation}, not {given}")
+    def read(self, payload: str) -> dict[str, Any]:
+        """The arguments in a payload, of the types in the signature; or ValueError, which names what is wrong."""
+        try:
+            return msgspec.structs.asdict(self.read_struct(payload))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(explain(error, "payload", self.schema["properties"], self.schema)) from None
 
-    async def __call__(self, payload: Mapping[str, Any]) -> Any:
+    async def __call__(self, arguments: Mapping[str, Any]) -> Any:
         """Run the function: in this task if it is `async def`, in a thread if it is `def`.
 
         A thread cannot be interrupted: when this call is cancelled, it goes on until the thread ends, which may
         ask whether it should: `trio.from_thread.check_cancelled()`.
         """
         if self.is_async:
-            return await self.function(**payload)
+            return await self.function(**arguments)
         # Its own limiter, since there are as many threads as workers, and no others that could be waited for.
-        return await trio.to_thread.run_sync(partial(self.function, **payload), limiter=trio.CapacityLimiter(1))
-
-
-def _parameter(parameter: inspect.Parameter) -> Parameter:
-    annotation, default, empty = parameter.annotation, parameter.default, parameter.empty
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    kinds = set(typing.get_args(annotation)) if is_union else {annotation}
-    if float in kinds:
-        kinds.add(int)
-    return Parameter(
-        "" if annotation is empty else inspect.formatannotation(annotation),
-        kinds if kinds <= JSON_TYPES else set(),  # what JSON cannot tell, such as `Path`, always fits
-        default is empty,
-        "" if default is empty else json.dumps(default, default=str),
-    )
+        return await trio.to_thread.run_sync(
+            partial(self.function, **arguments), limiter=trio.CapacityLimiter(1)
+        )
 
 
 HANDLERS: dict[str, Handler] = {}
 SMTP_SECONDS = 20.0  # longest wait for an SMTP server
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -371,16 +425,36 @@ def handler(job_type: str) -> Callable[[Function], Function]:
         @handler("resize")
         def resize(path: str, width: int = 800) -> str: ...
 
-    What it returns, which must be JSON, is the job's result; a raise is a failed attempt.
+    A parameter may have any type that msgspec reads from JSON; without one it takes anything. What the function
+    returns is the job's result; a raise is a failed attempt. Raises TypeError for a signature that cannot be filled.
     """
 
     def register(function: Function) -> Function:
-        signature = inspect.signature(function, eval_str=True).parameters
-        if any(p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in signature.values()):
-            raise TypeError(f"the handler of {job_type!r} must have named parameters only")
-        doc = (inspect.getdoc(function) or "").partition("\n")[0]
-        parameters = {name: _parameter(p) for name, p in signature.items()}
-        HANDLERS[job_type] = Handler(function, doc, parameters, inspect.iscoroutinefunction(function))
+        parameters = inspect.signature(function, eval_str=True).parameters
+        fields: list[Any] = []
+        for name, each in parameters.items():
+            kind = Any if each.annotation is each.empty else each.annotation
+            if each.kind not in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
+                raise TypeError(f"the handler of {job_type!r} must have named parameters only")
+            try:
+                msgspec.json.schema(kind)
+            except Exception:  # as NameError, for what is declared elsewhere
+                raise TypeError(f"no JSON can fill {name!r} of the handler of {job_type!r}: {kind}") from None
+            default = msgspec.field(default_factory=partial(copy.deepcopy, each.default))
+            fields.append((name, kind) if each.default is each.empty else (name, kind, default))
+        struct = msgspec.defstruct(job_type, fields, kw_only=True, forbid_unknown_fields=True)
+        schema = msgspec.json.schema(struct)
+        schema |= schema["$defs"].pop(schema.pop("$ref").rpartition("/")[2])
+        for name, each in parameters.items():
+            with suppress(ValueError):
+                schema["properties"][name]["default"] = json.loads(to_json(each.default))
+        HANDLERS[job_type] = Handler(
+            function,
+            doc=(inspect.getdoc(function) or "").partition("\n")[0],
+            is_async=inspect.iscoroutinefunction(function),
+            read_struct=msgspec.json.Decoder(struct).decode,
+            schema=schema,
+        )
         return function
 
     return register
@@ -419,7 +493,13 @@ def send_email_through(url: str, sender: str) -> None:
                 raise smtplib.SMTPNotSupportedError("the password would go over an unencrypted connection")
             if server_url.username:
                 server.login(unquote(server_url.username), unquote(server_url.password or ""))
-            if refused := server.send_message(message):  # only some: a retry would send to the others again
+            try:
+                refused = server.send_message(message)
+            except smtplib.SMTPRecipientsRefused as error:
+                if all(code >= 500 for code, _ in error.recipients.values()):
+                    raise Unrecoverable(str(error)) from None
+                raise
+            if refused:  # only some: a retry would send to the others again
                 log.warning("the SMTP server refused: %s", ", ".join(refused))
 
 
@@ -431,8 +511,10 @@ async def math_(a: int | str, b: int | str) -> int:
 
 @handler("long")
 async def long(seconds: float = 2) -> None:
-    """Take a while."""
-    await trio.sleep(seconds)
+    """Take a while, and tell how far it is."""
+    for second in range(math.ceil(seconds)):
+        progress(second / seconds, f"{second} of {seconds:g} s")
+        await trio.sleep(min(1.0, seconds - second))
 
 
 # ── Redis ───────────────────────────────────────────────────────────────────────────────────────
@@ -445,7 +527,9 @@ async def long(seconds: float = 2) -> None:
 # is in Redis while Python works on the replies to the other.
 
 Command = tuple[str | int, ...]
-Transport = Callable[[Sequence[Command]], Awaitable[list[Any]]]  # carries a batch, and returns as many replies
+Transport = Callable[
+    [Sequence[Command]], Awaitable[list[Any]]
+]  # carries a batch, and returns as many replies
 
 CONNECTIONS = 2  # with one the drain is 40 % slower, and a third makes the batches too small
 REPLY_SECONDS = 2.5  # how long Redis may make no progress; sent twice, so that the API answers 503 within 6 s
@@ -493,7 +577,9 @@ class RedisAddress:
 
     def _ask_sentinels(self) -> tuple[str, int]:
         names = ("username", "password", "retry", "protocol", "socket_timeout", "socket_connect_timeout")
-        own = {name: self._options[name] for name in self._options if name in names or name.startswith("ssl_")}
+        own = {
+            name: self._options[name] for name in self._options if name in names or name.startswith("ssl_")
+        }
         own["ssl"] = issubclass(self._class, redis.SSLConnection)
         own["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)  # it needs protocol 3
         for credentials in ({}, {"username": None, "password": None}):  # sentinels often have no password
@@ -559,7 +645,10 @@ class RedisConnection:
 
     async def _connect(self) -> None:
         self.hang_up()
-        moved, self._moved = self._moved, None  # should it fail there, the next time asks for the address anew
+        moved, self._moved = (
+            self._moved,
+            None,
+        )  # should it fail there, the next time asks for the address anew
         connect = partial(self._address.connect, moved)
         connection = await trio.to_thread.run_sync(connect, abandon_on_cancel=True)
         self._moved = moved
@@ -804,7 +893,8 @@ local function give(id, token, lease, again)  -- a job to a worker; nothing if i
   if not is_number(timeout) then return fail_damaged(id, 'timeout', timeout) end
   attempts = attempts + (again and 0 or 1)
   redis.call('ZADD', P .. 'processing', now + lease, id)
-  redis.call('HSET', P .. 'job:' .. id, 'status', 'processing', 'attempts', attempts, 'token', token, 'started_at', now)
+  redis.call('HSET', P .. 'job:' .. id, 'status', 'processing', 'attempts', attempts, 'token', token,
+    'worker', string.match(token, '^[^/]*'), 'started_at', now)
   return {redis.call('LLEN', P .. 'queue') - (again and 0 or 1), id, job_type, payload, attempts, tonumber(max_retries),
     timeout * 1000}
 end
@@ -875,37 +965,38 @@ SCRIPTS = {
     # … → whether the report was accepted, and the next Claim or nothing. Report first: a crash between the
     # two would repeat a job, in the other order it would lose one.
     "report": """
-        local id, token, transition, text, attempts, delay, next_token, lease = unpack(ARGV)
+        local id, token, transition, text, trace, attempts, delay, next_token, lease = unpack(ARGV)
         local job, held = P .. 'job:' .. id, read(id, 'token', 'status', 'error')
         local accepted = held[1] == token
         if not accepted or held[2] ~= 'processing' then  -- refused, or this very report came before
           may_write()
         elseif transition == 'complete' then
           finish(id, 'completed', 'result', text)
-          if held[3] then redis.call('HDEL', job, 'error') end  -- of an earlier attempt
+          if held[3] then redis.call('HDEL', job, 'error', 'traceback') end  -- of an earlier attempt
         elseif transition == 'fail' then
-          finish(id, 'failed', 'error', text)
+          finish(id, 'failed', 'error', text, 'traceback', trace)
         elseif transition == 'release' then
           take_back(id, attempts)
         else  -- retry; or defer, which leaves the error as it was
           may_write()
           redis.call('ZADD', P .. 'delayed', now + delay, id)
           redis.call('HSET', job, 'status', 'pending', 'attempts', attempts, 'due_at', now + delay,
-            unpack(transition == 'retry' and {'error', text} or {}))
+            unpack(transition == 'retry' and {'error', text, 'traceback', trace} or {}))
           redis.call('ZREM', P .. 'processing', id)
         end
         return {accepted and 1 or 0, claim(next_token, lease)}""",
-    # lease in ms, (id, token) … → now, the tokens that hold no job, those that a DELETE asks to be cancelled
+    # lease in ms, (id, token, progress or '') … → now, the tokens that hold no job, those that a DELETE asks to be cancelled
     "renew": """
         local lease, lost, cancelled = ARGV[1], {}, {}
         may_write()
-        for i = 2, #ARGV, 2 do
-          local id, token = ARGV[i], ARGV[i + 1]
+        for i = 2, #ARGV, 3 do
+          local id, token, progress = unpack(ARGV, i, i + 2)
           local held = read(id, 'token', 'status', 'cancel')
           if held[1] ~= token or is_stray(id, held[2], 'processing') then
             lost[#lost + 1] = token
           else
             redis.call('ZADD', P .. 'processing', now + lease, id)
+            if progress ~= '' then redis.call('HSET', P .. 'job:' .. id, 'progress', progress) end
             if held[3] then cancelled[#cancelled + 1] = token end
           end
         end
@@ -1061,7 +1152,9 @@ SCRIPTS = {
         redis.pcall('DEL', P .. 'wake')
         return missing""",
 }
-COMMANDS = sorted(set(re.findall(r"(?:call|push)\('([A-Z]+)'", LUA_CLOCK + LUA_COMMON + "".join(SCRIPTS.values()))))
+COMMANDS = sorted(
+    set(re.findall(r"(?:call|push)\('([A-Z]+)'", LUA_CLOCK + LUA_COMMON + "".join(SCRIPTS.values())))
+)
 RIGHTS = "~{jobqueue}:* &{jobqueue}:* +@read +@write +@scripting +@pubsub +@connection +time +info"
 
 
@@ -1071,6 +1164,7 @@ class Report(NamedTuple):
     claim: Claim
     transition: str  # complete, fail, retry, defer or release
     text: str = ""  # the result as JSON, or the error
+    traceback: str = ""  # of the error
     delay: float = 0  # seconds, before a retry or after a defer
 
 
@@ -1147,25 +1241,29 @@ class Store:
         claiming = token, _milliseconds(lease)
         accepted = 1
         if report:
-            claim, transition, text, delay = report
+            claim, transition, text, trace, delay = report
             attempts = claim.attempts - (transition in ("release", "defer"))  # these do not count
-            reporting = claim.id, claim.token, transition, text, attempts, _milliseconds(delay)
+            reporting = claim.id, claim.token, transition, text, trace, attempts, _milliseconds(delay)
             accepted, claimed = await self._run("report", *reporting, *claiming)
         else:
             claimed = await self._run("claim", *claiming)
         return accepted == 1, _claim(token, claimed) if claimed else None
 
-    async def renew(self, claims: Iterable[Claim], lease: float) -> tuple[int, list[str], list[str]]:
-        """Let the leases of these claims end `lease` seconds from now.
+    async def renew(
+        self, held: Iterable[tuple[Claim, str]], lease: float
+    ) -> tuple[int, list[str], list[str]]:
+        """Let the leases of these claims end `lease` seconds from now, and keep their progress, unless it is empty.
 
         The answer: Redis's time, in milliseconds; the tokens of those that lost their job; and of those that
         somebody asked to be cancelled.
         """
-        pairs = [text for claim in claims for text in (claim.id, claim.token)]
-        now, lost, cancelled = await self._run("renew", _milliseconds(lease), *pairs)
+        texts = [text for claim, progress in held for text in (claim.id, claim.token, progress)]
+        now, lost, cancelled = await self._run("renew", _milliseconds(lease), *texts)
         return now, lost, cancelled
 
-    async def sweep(self, retention: float, keep: int = 0, end_leases_by: int = 1 << 53, most: int = 500) -> Sweep:
+    async def sweep(
+        self, retention: float, keep: int = 0, end_leases_by: int = 1 << 53, most: int = 500
+    ) -> Sweep:
         """Queue what is due, take back what has no living worker, and delete finished jobs.
 
         Those that are older than `retention` seconds, and the oldest when there are more than `keep`; with 0 there is
@@ -1192,18 +1290,27 @@ class Store:
         values = await self._twice("HMGET", f"{self.prefix}job:{job_id}", "status", *FIELDS)
         return (values[0] or "", job_json(job_id, values[1:])) if any(values) else None
 
-    async def page(
-        self, status: Status | None, cursor: str, limit: int, most_bytes: int = 1 << 30
-    ) -> Page:
+    async def page(self, status: Status | None, cursor: str, limit: int, most_bytes: int = 1 << 30) -> Page:
         """At most `limit` jobs behind the cursor, or from the newest on if it is empty; fewer, if they are large.
 
         They are ordered newest first: by submission, or with a `status` by when they began to run, finished, or
         will be due.
         """
-        following, ids, jobs, counts = await self._run("page", status or "", cursor, limit, most_bytes, *FIELDS)
+        following, ids, jobs, counts = await self._run(
+            "page", status or "", cursor, limit, most_bytes, *FIELDS
+        )
         rows = zip(ids, jobs, strict=False)  # the jobs may be fewer
         found = [job_json(id_, values) for id_, values in rows if any(values)]
         return Page(following, found, dict(zip(Status, counts, strict=True)))
+
+    async def ping(self) -> None:
+        """Ask whether Redis is there."""
+        await self._twice("PING")
+
+    async def layout(self) -> str:
+        """The version of the keys in Redis, which is this program's if there was none."""
+        await self._twice("SET", f"{self.prefix}layout", LAYOUT, "NX")
+        return str(await self._twice("GET", f"{self.prefix}layout"))
 
     async def eviction_policy(self) -> str:
         """What Redis does when its memory is full, such as "noeviction"; empty if it does not say."""
@@ -1229,8 +1336,11 @@ def _claim(token: str, reply: list[Any]) -> Claim:
 TICK_SECONDS = 0.5  # how often leases are renewed and the queue is swept
 SWEEP_PAUSE_SECONDS = 0.01  # between two sweeps, when jobs fall due one after the other
 AGAIN_SECONDS = 0.2  # how long to wait before a call that failed is made again
-CALM_SECONDS = REPLY_SECONDS + 1.5  # after Redis was away: the last of the other instances notices so much later
+CALM_SECONDS = (
+    REPLY_SECONDS + 1.5
+)  # after Redis was away: the last of the other instances notices so much later
 UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of a job
+TRACEBACK_MOST = 8000  # characters that are kept
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked whether the connection still stands
 
@@ -1255,18 +1365,6 @@ class Notifier:
             await self._sleepers.park()
 
 
-@dataclass(slots=True, eq=False)
-class Attempt:
-    """One execution of a job's handler, here and now."""
-
-    claim: Claim
-    scope: trio.CancelScope  # it is cancelled at the deadline, or for one of the two reasons below
-    begun: float  # on Trio's clock
-    lost: bool = False  # the lease: the job is somebody else's
-    cancelled: bool = False  # by a DELETE
-    overstays: int = 0  # ticks since its scope was cancelled
-
-
 class WorkerPool:
     """What the workers of one process share."""
 
@@ -1278,7 +1376,8 @@ class WorkerPool:
         self.deadline = math.inf  # when whatever still runs is cancelled, on Trio's clock
         self.crashed = False  # whether a task failed: the exit status
         self.requests = trio.CancelScope()  # around all that serve HTTP
-        self.instance = secrets.token_hex(6)
+        self.instance = f"{socket.gethostname()}:{os.getpid()}/{secrets.token_hex(6)}"
+        self.is_open = True  # `serve` begins with False, until `inspect_redis` has looked at Redis
         self.numbers = itertools.count(1)  # of claims
         self.attempts: dict[str, Attempt] = {}  # by fencing token
         self.recent_types: set[str] = set()  # of the attempts that ended in the last tick
@@ -1316,7 +1415,11 @@ class WorkerPool:
         """
         token = ""  # of a claim that has no reply yet
         while True:
-            seen = self.notifier.count  # read before the claim: what is submitted after it ends the wait below
+            while not self.is_open and not self.stopping.is_set():
+                await self.notifier.wait(self.notifier.count)
+            seen = (
+                self.notifier.count
+            )  # read before the claim: what is submitted after it ends the wait below
             if not self.stopping.is_set():
                 token = token or f"{worker}:{next(self.numbers)}"
             elif not report and not token:
@@ -1369,46 +1472,45 @@ def describe(error: BaseException) -> str:
     return text[:2000].encode(errors="backslashreplace").decode()
 
 
+def trace(error: BaseException) -> str:
+    """Where an error was raised: the handler's own frames, at most 8 kB, from both ends if there is more."""
+    frames = error.__traceback__
+    while frames and frames.tb_frame.f_code.co_filename in (
+        __file__,
+        trio.to_thread.run_sync.__code__.co_filename,
+    ):
+        frames = frames.tb_next  # what is ours tells nobody anything
+    try:
+        text = "".join(traceback.format_exception(type(error), error, frames))
+    except BaseException:  # a group may be nested deeper than Python's stack, and an error may not be shown
+        return ""
+    text = (
+        text
+        if len(text) <= TRACEBACK_MOST
+        else f"{text[: TRACEBACK_MOST // 2]}\n…\n{text[-TRACEBACK_MOST // 2 :]}"
+    )
+    return text.encode(errors="backslashreplace").decode()
+
+
 async def run_handler(claim: Claim, most_bytes: int) -> str:
     """The result of a job's handler, as JSON. Raises whatever the handler does."""
-    try:
-        payload, _ = _decode(claim.payload)
-    except ValueError as error:
-        raise ValueError(f"the job is damaged: its payload is not JSON: {error}") from None
-    result = to_json(await HANDLERS[claim.job_type](payload))
+    handler = HANDLERS[claim.job_type]
+    result = to_json(await handler(handler.read(claim.payload)))
     if (size := len(result.encode())) > most_bytes:
         raise ValueError(f"the result has {size:,} bytes of JSON; MAX_BODY_BYTES is {most_bytes:,}")
     return result
 
 
-async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
-    """Run a job once, and say what to report of it; nothing if its lease was lost meanwhile."""
-    if claim.job_type not in HANDLERS:  # as while a new version is being deployed
-        if claim.job_type not in pool.unknown_types:
-            pool.unknown_types.add(claim.job_type)
-            log.warning("%s: this instance has no handler for it; such jobs are left to others", claim.job_type)
-        return Report(claim, "defer", delay=UNKNOWN_TYPE_SECONDS)
-    log.info("%s, attempt %d of %d", claim.job_type, claim.attempts, claim.max_retries + 1)
-    begun = trio.current_time()
-    scope = trio.CancelScope(deadline=min(begun + claim.timeout, pool.deadline))
-    attempt = pool.attempts[claim.token] = Attempt(claim, scope, begun)
-    result, error = None, ""
-    try:
-        with scope:  # inside the `try`: Trio raises here when a handler left a scope of its own open
-            result = await run_handler(claim, pool.settings.max_body_bytes)
-    except BaseException as raised:  # here, and nowhere else: a handler may raise anything
-        if trio.current_effective_deadline() == -math.inf:  # not the handler: all tasks are being cancelled
-            raise
-        log.debug("the traceback", exc_info=raised)
-        result, error = None, describe(raised)
-    finally:
-        del pool.attempts[claim.token]
-        pool.recent_types.add(claim.job_type)
-    return judge(pool, attempt, result, error)
+class Failure(NamedTuple):
+    """What a handler raised, if it did."""
+
+    error: str = ""
+    traceback: str = ""
+    is_final: bool = False
 
 
-def judge(pool: WorkerPool, attempt: Attempt, result: str | None, error: str) -> Report | None:
-    """What to report of an attempt that ended with this result or error, or was cancelled; and log it."""
+def judge(pool: WorkerPool, attempt: Attempt, result: str | None, failure: Failure) -> Report | None:
+    """What to report of an attempt that ended with this result or failure, or was cancelled; and log it."""
     claim, now, level = attempt.claim, trio.current_time(), logging.WARNING
     report: Report | None = None
     if attempt.lost:
@@ -1423,17 +1525,50 @@ def judge(pool: WorkerPool, attempt: Attempt, result: str | None, error: str) ->
         report = Report(claim, "release")
         end, why = "released", " by the shutdown"
     else:
+        error = failure.error
         if attempt.scope.cancel_called:
             error = f"timed out after {claim.timeout:g} s" + (f"; {error}" if error else "")
-        if claim.attempts > claim.max_retries:
-            report = Report(claim, "fail", error)
+        if claim.attempts > claim.max_retries or failure.is_final:
+            report = Report(claim, "fail", error, failure.traceback)
             end, why = "failed for good", f": {error}"
         else:
             delay = backoff(claim.attempts, pool.settings.retry_delay_seconds)
-            report = Report(claim, "retry", error, delay)
+            report = Report(claim, "retry", error, failure.traceback, delay)
             end, why = "failed", f", again in {delay:.1f} s: {error}"
     took = now - attempt.begun
     log.log(level, "%s, attempt %d, %s after %.3f s%s", claim.job_type, claim.attempts, end, took, why)
+    if failure.traceback:
+        log.debug("the traceback:\n%s", failure.traceback)
+    return report
+
+
+async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
+    """Run a job once, and say what to report of it; nothing if its lease was lost meanwhile."""
+    if claim.job_type not in HANDLERS:  # as while a new version is being deployed
+        if claim.job_type not in pool.unknown_types:
+            pool.unknown_types.add(claim.job_type)
+            log.warning(
+                "%s: this instance has no handler for it; such jobs are left to others", claim.job_type
+            )
+        return Report(claim, "defer", delay=UNKNOWN_TYPE_SECONDS)
+    begun = trio.current_time()
+    scope = trio.CancelScope(deadline=min(begun + claim.timeout, pool.deadline))
+    attempt = pool.attempts[claim.token] = Attempt(claim, scope, begun)
+    result, failure = None, Failure()
+    in_context = _attempt.set(attempt)
+    log.info("%s, attempt %d of %d", claim.job_type, claim.attempts, claim.max_retries + 1)
+    try:
+        with scope:  # inside the `try`: Trio raises here when a handler left a scope of its own open
+            result = await run_handler(claim, pool.settings.max_body_bytes)
+    except BaseException as raised:  # here, and nowhere else: a handler may raise anything
+        if trio.current_effective_deadline() == -math.inf:  # not the handler: all tasks are being cancelled
+            raise
+        result, failure = None, Failure(describe(raised), trace(raised), isinstance(raised, Unrecoverable))
+    finally:
+        del pool.attempts[claim.token]
+        pool.recent_types.add(claim.job_type)
+    report = judge(pool, attempt, result, failure)
+    _attempt.reset(in_context)
     return report
 
 
@@ -1450,9 +1585,7 @@ async def work(pool: WorkerPool) -> None:
         nonlocal report, stopped, is_spoilt
         task, clean = trio.lowlevel.current_task(), copy_context()
         while claim := await pool.next(worker, report):
-            job = current_job.set(claim.id)
             report = await run_attempt(pool, claim)
-            current_job.reset(job)
             is_spoilt = bool(task.child_nurseries)
             if is_spoilt or copy_context() != clean:
                 return
@@ -1472,9 +1605,10 @@ async def heartbeat(pool: WorkerPool) -> None:
     lease_seconds = pool.settings.lease_seconds
     calm_at = math.inf  # from when on this process may end the leases of others
     while True:
-        held = [attempt.claim for attempt in pool.attempts.values() if not attempt.lost]
+        held = [attempt for attempt in pool.attempts.values() if not attempt.lost]
+        told = [(attempt.claim, attempt.progress) for attempt in held]
         try:
-            now, lost, cancelled = await pool.store.renew(held, lease_seconds)
+            now, lost, cancelled = await pool.store.renew(told, lease_seconds)
         except redis.RedisError as error:
             pool.refused(error)
             calm_at = math.inf  # others were cut off too, and must have time to renew theirs
@@ -1482,10 +1616,13 @@ async def heartbeat(pool: WorkerPool) -> None:
             calm_at = min(calm_at, trio.current_time() + CALM_SECONDS)
             if trio.current_time() >= calm_at:
                 pool.end_leases_by = now + _milliseconds(2 * TICK_SECONDS)
+            for attempt, (_, progress) in zip(held, told, strict=True):
+                if attempt.progress == progress:  # otherwise there is more to tell
+                    attempt.progress = ""
             for token in [*lost, *cancelled]:
-                if attempt := pool.attempts.get(token):  # otherwise it ended meanwhile
-                    attempt.lost, attempt.cancelled = token in lost, token in cancelled
-                    attempt.scope.cancel()
+                if found := pool.attempts.get(token):  # otherwise it ended meanwhile
+                    found.lost, found.cancelled = token in lost, token in cancelled
+                    found.scope.cancel()
         await trio.sleep(min(TICK_SECONDS, lease_seconds / 4))
 
 
@@ -1505,7 +1642,9 @@ async def sweep(pool: WorkerPool) -> None:
             for job in found.ended:
                 log.warning("job %s: its worker is gone: %s, attempt %s; now it is %s", *job)
             pool.answer_waiters(finished)
-            pool.notifier.notify(math.inf if was_away else found.ready)  # workers whose claim failed wait for this
+            pool.notifier.notify(
+                math.inf if was_away else found.ready
+            )  # workers whose claim failed wait for this
             was_away, wait = False, min(TICK_SECONDS, max(SWEEP_PAUSE_SECONDS, found.wait))
         await trio.sleep(wait)
 
@@ -1536,7 +1675,9 @@ async def leave_behind(pool: WorkerPool) -> None:
     while trio.current_time() < pool.deadline + EXIT_SECONDS / 4:  # a second signal changes the deadline
         await trio.sleep(EXIT_SECONDS / 16)
     for attempt in list(pool.attempts.values()):
-        log.warning("job %s: %s is left behind, and the job released", attempt.claim.id, attempt.claim.job_type)
+        log.warning(
+            "job %s: %s is left behind, and the job released", attempt.claim.id, attempt.claim.job_type
+        )
         with suppress(redis.RedisError):
             await pool.store.report_and_claim(Report(attempt.claim, "release"), "", 0)
 
@@ -1561,19 +1702,31 @@ async def listen(connection: RedisConnection, pool: WorkerPool) -> None:
         await trio.sleep(pause)
 
 
+async def open_pool(pool: WorkerPool) -> None:
+    """Let the pool work, if the keys in Redis are this program's; otherwise end the process."""
+    layout = await pool.store.layout()
+    if layout == LAYOUT:
+        pool.is_open = True
+        pool.notifier.notify()
+    else:
+        log.critical("Redis has jobs of another version: layout %s, and this program's is %s", layout, LAYOUT)
+        pool.crashed = True
+        end_process(pool, 0)
+
+
 async def inspect_redis(pool: WorkerPool) -> None:
-    """Say once, at the start, what will not go well with this Redis."""
-    while True:
-        try:
-            missing = await pool.store.missing_rights()
-            policy = await pool.store.eviction_policy()
-        except (redis.ConnectionError, redis.TimeoutError):
+    """Open the pool once Redis is there, and say then what will not go well with it."""
+    try:
+        while not pool.is_open:
+            with suppress(redis.ConnectionError, redis.TimeoutError):
+                await open_pool(pool)
             await trio.sleep(AGAIN_SECONDS)
-            continue
-        except redis.ResponseError as error:
-            log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
-            return
-        break
+        missing = await pool.store.missing_rights() if pool.settings.redis_url else []
+        policy = await pool.store.eviction_policy() if pool.settings.redis_url else ""
+    except redis.RedisError as error:
+        log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
+        pool.is_open = True
+        return
     if missing:
         log.error("the Redis user may not run %s; the rights that are needed: %s", ", ".join(missing), RIGHTS)
     if policy not in ("noeviction", ""):
@@ -1582,85 +1735,51 @@ async def inspect_redis(pool: WorkerPool) -> None:
 
 # ── HTTP ────────────────────────────────────────────────────────────────────────────────────────
 
-AMOUNTS: dict[str, tuple[str, tuple[type, ...], float, float]] = {
-    "max_retries": ("a whole number", (int,), 0, 100),
-    "timeout": ("a number", (int, float), 0.001, 7 * 86_400),  # seconds
-    "delay": ("a number", (int, float), 0, 366 * 86_400),  # seconds
-}
-JOB_FIELDS = ("job_type", "payload", *AMOUNTS)
-PAGE_MOST = 1000  # jobs, with ?limit=
-BEARER = WWWAuthenticate("bearer", {"realm": "jobqueue"})
-CHUNK = 200  # jobs fetched at a time for a list without a limit
-PAGE_BYTES, CHUNK_BYTES = 4_000_000, 250_000  # a page or a chunk ends behind the job that exceeds this
+PAGE_MOST, CHUNK = 1000, 200  # jobs with ?limit=, and fetched at a time without it
+PAGE_BYTES, CHUNK_BYTES = 4_000_000, 250_000  # either ends behind the job that exceeds this
 WAIT_MOST = 30  # seconds, with ?wait=
+BEARER = WWWAuthenticate("bearer", {"realm": "jobqueue"})
+
+read_jobs = msgspec.json.Decoder(JobRequest | list[JobRequest]).decode
 
 
-def parse_json(body: bytes) -> Any:
-    """What a JSON text says. Stricter than Python's parser: NaN and Infinity are not JSON."""
-
-    def refuse(constant: str) -> None:
-        raise http.BadRequest(f"the body is not JSON: it has {constant}")
-
-    try:
-        return json.loads(body.decode(), parse_constant=refuse)
-    except UnicodeDecodeError as error:
-        raise http.BadRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise http.BadRequest(f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise http.BadRequest("the body is nested too deeply") from None
-    except ValueError:  # sys.get_int_max_str_digits()
-        raise http.BadRequest("the body has an integer of too many digits: at most 4,300") from None
-
-
-def _amount(name: str, value: Any) -> Any:
-    kind, kinds, low, high = AMOUNTS[name]
-    if type(value) not in kinds or not low <= value <= high:
-        raise http.BadRequest(f"{name} must be {kind} from {low:g} to {high:,}")
-    return value
-
-
-def parse_job(body: Any, settings: Settings) -> NewJob:
-    """The job that a JSON value asks for; or http.BadRequest, which names the field that is wrong."""
-    if not isinstance(body, dict):
-        raise http.BadRequest("a job must be an object, with the fields job_type and payload")
-    for name in body:
-        if name not in JOB_FIELDS:
-            raise http.BadRequest(f"{name[:80]!r} is not a field of a job; they are: {', '.join(JOB_FIELDS)}")
-    job_type, payload = body.get("job_type"), body.get("payload")
-    if not isinstance(job_type, str) or job_type not in HANDLERS:
+def parse_job(asked: JobRequest, settings: Settings) -> NewJob:
+    """The job that is asked for; or BadRequest, which names the field that is wrong."""
+    if asked.job_type not in HANDLERS:
         raise http.BadRequest(f"job_type must be one of: {', '.join(HANDLERS)}")
-    if not isinstance(payload, dict):
-        raise http.BadRequest("payload must be an object")
+    payload = bytes(asked.payload).decode()
     try:
-        text = to_json(payload)
-    except (ValueError, RecursionError) as error:
-        raise http.BadRequest(f"payload cannot be kept: {error}") from None
-    try:
-        HANDLERS[job_type].check(payload)
+        HANDLERS[asked.job_type].read(payload)
     except ValueError as error:
         raise http.BadRequest(str(error)) from None
-    defaults = {"max_retries": settings.max_retries, "timeout": settings.job_timeout_seconds, "delay": 0}
-    amounts = [_amount(name, body.get(name, default)) for name, default in defaults.items()]
-    return NewJob(str(uuid.uuid4()), job_type, text, *amounts)
+    max_retries = settings.max_retries if asked.max_retries is UNSET else asked.max_retries
+    timeout = settings.job_timeout_seconds if asked.timeout is UNSET else asked.timeout
+    return NewJob(str(uuid.uuid4()), asked.job_type, payload, max_retries, timeout, asked.delay)
 
 
-def parse_jobs(body: Any, settings: Settings) -> list[NewJob]:
-    """The one job, or the array of jobs, that a JSON value asks for; or http.BadRequest."""
-    if not isinstance(body, list):
-        return [parse_job(body, settings)]
-    if not body:
+def parse_jobs(body: bytes, settings: Settings) -> tuple[list[NewJob], bool]:
+    """The jobs that a body asks for, and whether it is an array; or BadRequest."""
+    try:
+        body.decode()
+        asked = read_jobs(body)
+    except (ValueError, RecursionError) as error:
+        problem = explain(error, "the body", JobRequest.__struct_fields__)
+        problem = re.sub(r"^the body\[(\d+)\](\.|: )", r"job \1 of the array: ", problem)
+        raise http.BadRequest(problem.removeprefix("the body.")) from None
+    if not isinstance(asked, list):
+        return [parse_job(asked, settings)], False
+    if not asked:
         raise http.BadRequest("an array must have at least one job")
-    jobs = []
-    for index, item in enumerate(body):
+    jobs: list[NewJob] = []
+    for one in asked:
         try:
-            jobs.append(parse_job(item, settings))
+            jobs.append(parse_job(one, settings))
         except http.BadRequest as error:
-            raise http.BadRequest(f"job {index} of the array: {error.description}") from None
-    return jobs
+            raise http.BadRequest(f"job {len(jobs)} of the array: {error.description}") from None
+    return jobs, True
 
 
-def parse_key(headers: Sequence[str], body: Any) -> tuple[str, str]:
+def parse_key(headers: Sequence[str], body: bytes) -> tuple[str, str]:
     """Hashes of an Idempotency-Key, empty if there is none, and of what the request asks for.
 
     The key is a quoted string, as in draft-ietf-httpapi-idempotency-key-header, or the same without quotes.
@@ -1670,24 +1789,25 @@ def parse_key(headers: Sequence[str], body: Any) -> tuple[str, str]:
     header = ", ".join(headers)  # one, or it will not match
     if not re.fullmatch(r'"([ !#-\[\]-~]|\\["\\]){1,255}"|[!#-~]{1,255}', header):
         raise http.BadRequest("Idempotency-Key must be one of up to 255 ASCII characters, quoted for spaces")
-    texts = (header[1:-1] if header[0] == '"' else header, json.dumps(body, sort_keys=True))
+    unquoted, asked = header.removeprefix('"').removesuffix('"'), msgspec.json.decode(body)
+    texts = unquoted, json.dumps(asked, sort_keys=True)
     key, fingerprint = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
     return key, fingerprint
 
 
-def once(query: MultiDict[str, str]) -> dict[str, str]:
-    """The parameters of a query, each of which may come once; or http.BadRequest."""
-    for name, values in query.lists():
-        if len(values) > 1:
-            raise http.BadRequest(f"the parameter {name[:80]!r} came {len(values)} times")
-    return query.to_dict()
+def parameters(*known: str) -> dict[str, str]:
+    """The parameters of this request, each of which is known and comes once; or BadRequest."""
+    for name, values in request.args.lists():
+        if name not in known or len(values) > 1:
+            raise http.BadRequest(
+                f"{name[:80]!r} is no parameter, or came twice; they are: {', '.join(known)}"
+            )
+    return request.args.to_dict()
 
 
-def parse_query(query: Mapping[str, str]) -> tuple[Status | None, str, int | None]:
-    """The status, cursor and limit that `GET /jobs` asks for; or http.BadRequest."""
-    for name in query:
-        if name not in ("status", "limit", "cursor"):
-            raise http.BadRequest(f"{name[:80]!r} is no parameter; they are: status, limit, cursor")
+def parse_query() -> tuple[Status | None, str, int | None]:
+    """The status, cursor and limit that `GET /jobs` asks for; or BadRequest."""
+    query = parameters("status", "limit", "cursor")
     status, cursor, limit = query.get("status"), query.get("cursor", ""), query.get("limit")
     if status is not None and status not in list(Status):
         raise http.BadRequest(f"status must be one of: {', '.join(Status)}")
@@ -1700,72 +1820,63 @@ def parse_query(query: Mapping[str, str]) -> tuple[Status | None, str, int | Non
     return Status(status) if status else None, cursor, int(limit) if limit else None
 
 
-def parse_wait(query: Mapping[str, str]) -> float:
-    """The seconds that `GET /job/<id>` is to wait; or http.BadRequest."""
-    text = query.get("wait", "0")
-    number = re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", text)
-    if query.keys() - {"wait"} or not number or float(text) > WAIT_MOST:
-        raise http.BadRequest(f"the only parameter is wait, a number of seconds from 0 to {WAIT_MOST}")
+def parse_wait() -> float:
+    """The seconds that `GET /job/<id>` is to wait; or BadRequest."""
+    text = parameters("wait").get("wait", "0")
+    if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", text) or float(text) > WAIT_MOST:
+        raise http.BadRequest(f"wait must be a number of seconds from 0 to {WAIT_MOST}")
     return float(text)
 
 
 HOST = re.compile(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?(:\d{1,5})?|\[[\da-f:.]{2,45}\](:\d{1,5})?|", re.I | re.A)
-HTML_POLICY = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")  # unless it has its own
+HTML_POLICY = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
 
 
-def in_order(app: ASGIFramework) -> ASGIFramework:
-    """ASGI middleware: only what Quart can cope with reaches it, and its answers are complete."""
+def in_order(app: Any) -> Any:
+    """ASGI middleware: what Quart cannot cope with does not reach it, and what it leaves open is added."""
 
-    async def middleware(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        headers = dict[bytes, bytes](cast(Any, scope)["headers"])
-        is_over = False
+    async def middleware(scope: Any, receive: Any, send: Any) -> None:
+        headers, is_over = dict(scope["headers"]), False
 
-        async def send_complete(message: Any) -> None:
+        async def send_more(message: Any) -> None:
             nonlocal is_over
             if message["type"] == "http.response.start":
-                own = [*message["headers"], (b"x-content-type-options", b"nosniff")]
-                names = {name: value for name, value in own}
-                if names.get(b"content-type", b"").startswith(b"text/html"):
-                    own += [] if b"content-security-policy" in names else [HTML_POLICY]
+                more = [(b"x-content-type-options", b"nosniff")]
+                own = dict(message["headers"])
+                if own.get(b"content-type", b"").startswith(b"text/html") and HTML_POLICY[0] not in own:
+                    more.append(HTML_POLICY)
                 if {b"transfer-encoding", b"content-length"} <= headers.keys():
-                    own.append((b"connection", b"close"))  # perhaps a smuggled request (RFC 9112, 6.1)
-                message = message | {"headers": own}
-            elif message["type"] == "http.response.body":
-                is_over = not message.get("more_body", False)
+                    more.append((b"connection", b"close"))  # perhaps a smuggled request (RFC 9112, 6.1)
+                message = {**message, "headers": [*message["headers"], *more]}
+            elif not message.get("more_body", False):
+                is_over = True
             await send(message)
 
         async def receive_until_over() -> Any:
-            """Quart takes the end of its own answer for the client going away, and would cancel hypercorn there."""
             message = await receive()
+            # Quart takes the end of its own answer for the client going away, and would cancel hypercorn there.
             if message["type"] == "http.disconnect" and is_over:
                 await trio.sleep_forever()
             return message
 
-        problem = problem_with(cast(Any, scope)["path"], headers.get(b"host", b""))
-        if not problem:
-            try:
-                await app(scope, cast(Any, receive_until_over), cast(Any, send_complete))
-            except* redis.RedisError:
-                pass  # in mid-list: the client sees that the answer is cut off, since it has no end
-            return
-        body = (json.dumps({"error": problem}) + "\n").encode()
-        start = {"type": "http.response.start", "status": 400, "headers": [(b"content-type", b"application/json")]}
-        await send_complete(start)
-        await send_complete({"type": "http.response.body", "body": body})
+        if problem := problem_with(scope["path"], headers.get(b"host", b"").decode("latin-1")):
+            scope = {**scope, "path": "/", "headers": [], "problem": problem}
+        try:
+            await app(scope, receive_until_over, send_more)
+        except* redis.RedisError:
+            pass  # in mid-list: the client sees that the answer is cut off, since it has no end
 
-    return cast(ASGIFramework, middleware)
+    return middleware
 
 
-def problem_with(path: str, host: bytes) -> str:
-    """Why this request has no address; empty if it has."""
+def problem_with(path: str, host: str) -> str:
+    """Why a request has no address; empty if it has one."""
     try:
-        is_path = path.startswith("/") or path == "*" or bool(urlsplit(path).netloc)
+        if not (path.startswith("/") or path == "*" or urlsplit(path).netloc):
+            return "that is no address"
     except ValueError:
-        is_path = False
-    if not is_path:
         return "that is no address"
-    name = host.decode("latin-1")
-    return "" if HOST.fullmatch(name) and len(name) < 256 else f"{ascii(name[:80])} is no host name"
+    return "" if HOST.fullmatch(host) and len(host) < 256 else f"{ascii(host[:80])} is no host name"
 
 
 def answer(
@@ -1790,6 +1901,10 @@ def create_app(pool: WorkerPool) -> QuartTrio:
         DELETE, and read nothing, without this server's consent (CORS); and to pass for this server it would
         have to give its own name another address (DNS rebinding), which the Host header betrays.
         """
+        if problem := request.scope.get("problem"):
+            raise http.BadRequest(str(problem))
+        if request.path == "/":
+            return
         if settings.api_token:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             right = hmac.compare_digest(token.strip().encode(), settings.api_token.encode())
@@ -1812,20 +1927,24 @@ def create_app(pool: WorkerPool) -> QuartTrio:
             raise http.UnsupportedMediaType("the Content-Type must be application/json")
         if request.headers.get("Content-Encoding", "identity") != "identity":
             raise http.UnsupportedMediaType("the body must have no Content-Encoding")
-        body = parse_json(cast(bytes, await request.get_data()))
-        jobs = parse_jobs(body, settings)
+        if not pool.is_open:
+            await open_pool(pool)
+        body = cast(bytes, await request.get_data())
+        jobs, is_array = parse_jobs(body, settings)
         key, fingerprint = parse_key(request.headers.getlist("Idempotency-Key"), body)
-        pool.notifier.notify(len(jobs))  # now, so that the claims are close behind; if they get ahead, `wake` comes
+        pool.notifier.notify(
+            len(jobs)
+        )  # now: the claims are close behind, and if they get ahead, `wake` comes
         ids = await store.submit(jobs, key, fingerprint)
         if ids is None:
             raise http.UnprocessableEntity("this Idempotency-Key was used for another request")
-        if isinstance(body, list):
+        if is_array:
             return answer(json.dumps([{"id": job_id} for job_id in ids]) + "\n", 202)
         return answer(f'{{"id": "{ids[0]}"}}\n', 202, {"Location": f"/job/{ids[0]}"})
 
     @app.get("/job/<job_id>")
     async def show(job_id: str) -> Response:
-        wait = parse_wait(once(request.args))
+        wait = parse_wait()
         finished = pool.waiters.setdefault(job_id, trio.Event())
         found = await store.get(job_id)
         if wait and found and found[0] not in FINISHED and not pool.stopping.is_set():
@@ -1838,7 +1957,7 @@ def create_app(pool: WorkerPool) -> QuartTrio:
 
     @app.delete("/job/<job_id>")
     async def cancel(job_id: str) -> Response:
-        parse_wait(once(request.args))  # refuse it before anything is done
+        parse_wait()  # refuse it before anything is done
         status = await store.cancel(job_id)
         if status in FINISHED:
             raise http.Conflict(f"the job is {status} already")
@@ -1849,13 +1968,15 @@ def create_app(pool: WorkerPool) -> QuartTrio:
 
     @app.get("/")
     async def home() -> Any:
+        """Leads to the page; and since it asks Redis, and needs no token, tells a probe whether all is well."""
+        await store.ping()
         return redirect("/jobs")
 
     @app.get("/jobs")
     async def index() -> Response:
         if wants_page():
             return await live_page()
-        status, cursor, limit = parse_query(once(request.args))
+        status, cursor, limit = parse_query()
         page = await store.page(status, cursor, limit or CHUNK, PAGE_BYTES if limit else CHUNK_BYTES)
         headers = {"Vary": "Accept", "Cache-Control": "no-store"}
         if limit is None:
@@ -1912,10 +2033,16 @@ BACKLOG = 1024  # connections that wait to be accepted
 RESERVED_DESCRIPTORS = 100  # those that clients cannot take: Redis must be reached whatever they do
 IDLE_CLIENT_SECONDS = 5.0  # how long a connection may wait for a request, or for the rest of its head
 SILENT_CLIENT_SECONDS = 30.0  # how long a client may take nothing of its answer
+Resources = AbstractAsyncContextManager[object] | None
 EXIT_SECONDS = 0.8  # after the end of the grace, until the process ends in any case
 
 
-async def serve(settings: Settings, listeners: Sequence[socket.socket], early_signals: list[int]) -> None:
+async def serve(
+    settings: Settings,
+    listeners: Sequence[socket.socket],
+    early_signals: list[int],
+    resources: Resources = None,
+) -> None:
     """Run the service until SIGINT or SIGTERM, and then in this order:
 
     1. accept nothing more; the requests under way are answered;
@@ -1928,17 +2055,17 @@ async def serve(settings: Settings, listeners: Sequence[socket.socket], early_si
     transports: list[Transport] = [each.exchange for each in redis_connections] or [memory()]
     pipeline = AutoPipeline(*transports)
     pool = WorkerPool(Store(pipeline), settings)
+    pool.is_open = False
     app = create_app(pool)
     async with trio.open_nursery() as connections:
         connections.start_soon(guard, pool, pipeline.run)
         async with trio.open_nursery() as background:
             stop_on_signals(pool, early_signals)
-            for task in (heartbeat, sweep, watch_handlers, leave_behind):
+            for task in (inspect_redis, heartbeat, sweep, watch_handlers, leave_behind):
                 background.start_soon(guard, pool, task, pool)
             if url:
                 background.start_soon(guard, pool, listen, RedisConnection(url), pool)
-                background.start_soon(guard, pool, inspect_redis, pool)
-            async with trio.open_nursery() as workers:
+            async with resources or nullcontext(), trio.open_nursery() as workers:
                 addresses = " and ".join(map(format_address, listeners))  # they listen already
                 log.info("listening on %s with %d workers; %s", addresses, settings.workers, where(url))
                 workers.start_soon(guard, pool, serve_http, app, listeners, pool)
@@ -1967,43 +2094,46 @@ class OnlyHTTP11(h11.Connection):
 
     def next_event(self) -> Any:
         event = super().next_event()
-        if not isinstance(event, h11.Request):
-            return event
-        if event.http_version not in (b"1.0", b"1.1"):
-            raise h11.RemoteProtocolError("only HTTP/1.1 is spoken here", 505)
-        headers = [(name, value) for name, value in event.headers if name != b"upgrade"]
-        return h11.Request(
-            method=event.method, target=event.target, headers=headers, http_version=event.http_version
-        )
+        if isinstance(event, h11.Request):
+            if event.http_version not in (b"1.0", b"1.1"):
+                raise h11.RemoteProtocolError("only HTTP/1.1 is spoken here", 505)
+            headers = [(name, value) for name, value in event.headers if name != b"upgrade"]
+            version = event.http_version
+            event = h11.Request(
+                method=event.method, target=event.target, headers=headers, http_version=version
+            )
+        return event
 
 
 class Client:
     """One connection of a client: hypercorn reads its requests, and writes the answers.
 
     It ends when the client goes away, takes nothing of an answer for SILENT_CLIENT_SECONDS, or sends no
-    complete request head for IDLE_CLIENT_SECONDS.
+    complete request head for IDLE_CLIENT_SECONDS. What hypercorn cannot cope with ends it, too, and nothing else.
     """
 
-    def __init__(self, app: ASGIFramework, config: hypercorn.Config, context: WorkerContext) -> None:
-        self._app, self._config, self._context = ASGIWrapper(app), config, context
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
         self._scope = trio.CancelScope()  # around all that the connection does
         self._reading = trio.CancelScope()  # which has a deadline while no request is under way
         self.is_idle = True
 
-    async def run(self, stream: trio.SocketStream) -> None:
-        self._stream = stream
-        with suppress(OSError, trio.BrokenResourceError):
-            address = stream.socket.getpeername()[:2], stream.socket.getsockname()[:2]
+    async def run(self, app: Any, config: hypercorn.Config, context: WorkerContext) -> None:
+        try:
             with self._scope:
-                async with stream, TaskGroup() as tasks:
-                    await self._read(tasks, *address)
+                async with self._stream, TaskGroup() as tasks:
+                    await self._read(H11Protocol(
+                        ASGIWrapper(app), config, context, tasks, ConnectionState(cast(Any, {})), False,
+                        self._stream.socket.getpeername()[:2], self._stream.socket.getsockname()[:2], self._send,
+                    ))  # fmt: skip
+        except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the client went away
+        except* Exception as errors:
+            log.warning("a connection broke: %s", describe(errors))
+            log.debug("the traceback", exc_info=errors)
 
-    async def _read(self, tasks: TaskGroup, client: tuple[str, int], server: tuple[str, int]) -> None:
-        state = ConnectionState(cast(Any, {}))
-        protocol = H11Protocol(
-            self._app, self._config, self._context, tasks, state, False, client, server, self._send
-        )
-        protocol.connection = OnlyHTTP11(h11.SERVER, self._config.h11_max_incomplete_size)
+    async def _read(self, protocol: H11Protocol) -> None:
+        protocol.connection = OnlyHTTP11(h11.SERVER, protocol.config.h11_max_incomplete_size)
         self._reading.deadline = trio.current_time() + IDLE_CLIENT_SECONDS
         with self._reading:
             while data := await self._stream.receive_some(65_536):
@@ -2032,28 +2162,35 @@ class Client:
 
 
 def count_places(workers: int) -> int:
-    """How many connections of clients there may be at once."""
-    try:
-        import resource  # not on Windows, which has no such limit
-    except ImportError:
-        return 10_000
+    """How many connections of clients there may be: as many as there are descriptors, but for a reserve."""
+    if sys.platform == "win32":
+        return 10_000  # there is no such limit
+    import resource
+
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(16, most - RESERVED_DESCRIPTORS - 2 * workers)
 
 
 async def serve_http(app: QuartTrio, listeners: Sequence[socket.socket], pool: WorkerPool) -> None:
     """Serve until the pool is stopping; then answer what is under way, until its deadline."""
-    config = hypercorn.Config()
-    config.accesslog = None
+    config, context, clients = hypercorn.Config(), WorkerContext(None), set[Client]()
     config.errorlog = logging.getLogger("hypercorn.error")
     config.include_server_header = False
-    context, clients = WorkerContext(None), set[Client]()
     places = trio.Semaphore(count_places(pool.settings.workers))
+
+    async def serve_client(stream: trio.SocketStream) -> None:
+        client = Client(stream)
+        clients.add(client)
+        try:
+            await client.run(in_order(app), config, context)
+        finally:
+            clients.remove(client)
+            places.release()
 
     async def accept(listener: trio.SocketListener) -> None:
         async with listener:
             while True:
-                await places.acquire()  # no more than there are: the others wait in the backlog
+                await places.acquire()  # without one, a connection waits in the backlog
                 try:
                     serving.start_soon(serve_client, await listener.accept())
                 except OSError as error:
@@ -2061,20 +2198,13 @@ async def serve_http(app: QuartTrio, listeners: Sequence[socket.socket], pool: W
                     log.warning("a connection could not be accepted: %s", error)
                     await trio.sleep(AGAIN_SECONDS)
 
-    async def serve_client(stream: trio.SocketStream) -> None:
-        client = Client(in_order(app), config, context)
-        clients.add(client)
-        try:
-            await client.run(stream)
-        finally:
-            clients.remove(client)
-            places.release()
-
     with pool.requests:
         async with trio.open_nursery() as serving:
             async with trio.open_nursery() as accepting:
                 for listener in listeners:
-                    accepting.start_soon(accept, trio.SocketListener(trio.socket.from_stdlib_socket(listener)))
+                    accepting.start_soon(
+                        accept, trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+                    )
                 await pool.stopping.wait()
                 accepting.cancel_scope.cancel()
             await context.terminated.set()
@@ -2136,11 +2266,13 @@ class OneLine(logging.Formatter):
     """Nothing that is logged, wherever it comes from, can look like another line, or command a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        return CONTROL.sub(lambda c: ascii(c[0])[1:-1], super().formatMessage(record))
+        return self._escape(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
-        lines = super().formatException(ei).split("\n")
-        return "\n".join("  " + CONTROL.sub(lambda c: ascii(c[0])[1:-1], line) for line in lines)
+        return "\n".join("  " + self._escape(line) for line in super().formatException(ei).split("\n"))
+
+    def _escape(self, text: str) -> str:
+        return CONTROL.sub(lambda character: ascii(character[0])[1:-1], text)
 
 
 def set_up_logging(level: str) -> None:
@@ -2153,8 +2285,8 @@ def set_up_logging(level: str) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
     def complete(record: logging.LogRecord) -> bool:
-        job_id = current_job.get()
-        record.job = f"job {job_id}: " if job_id else ""
+        attempt = _attempt.get(None)
+        record.job = f"job {attempt.claim.id}: " if attempt else ""
         record.time = datetime.fromtimestamp(record.created).isoformat(" ", "milliseconds")
         return True
 
@@ -2168,24 +2300,27 @@ def set_up_logging(level: str) -> None:
 def open_listeners(host: str, port: int) -> list[socket.socket]:
     """Sockets that listen: on IPv4 and IPv6 where `host` means both. If none can be had, the program ends."""
     listeners: list[socket.socket] = []
-    problem = OSError()
-    for name in {"localhost": ("127.0.0.1", "::1"), "::": ("0.0.0.0", "::")}.get(host, (host,)):
+    names = {"localhost": ("127.0.0.1", "::1"), "::": ("0.0.0.0", "::")}.get(host, (host,))
+    for name in names:
         family = socket.AF_INET6 if ":" in name else socket.AF_INET
         try:
             listeners.append(socket.create_server((name, port), family=family, backlog=BACKLOG))
         except OSError as error:
-            problem = error
-            if error.errno == errno.EADDRINUSE:
-                break
+            if (
+                error.errno == errno.EADDRINUSE or not listeners and name == names[-1]
+            ):  # or it has one family alone
+                sys.exit(f"{PROGRAM}: cannot listen on {host}, port {port}: {error.strerror}")
         else:
             port = listeners[-1].getsockname()[1]  # the same for both, also when any would do
-    if not listeners or problem.errno == errno.EADDRINUSE:
-        sys.exit(f"jobqueue.py: cannot listen on {host}, port {port}: {problem.strerror}")
     return listeners
 
 
-def main() -> None:
-    """Read the settings, listen, serve. A signal before and after that is only taken note of."""
+def main(resources: Resources = None) -> None:
+    """Read the settings, listen, serve. A signal before and after that is only taken note of.
+
+    `resources` is what handlers share, such as a pool of connections: it is entered before the first job, and left
+    after the last.
+    """
     early_signals: list[int] = []
     for number in SIGNALS:
         signal.signal(number, lambda number, _: early_signals.append(number))
@@ -2197,7 +2332,7 @@ def main() -> None:
         log.warning("anybody who reaches %s may use this queue: set API_TOKEN", settings.host)
     listeners = open_listeners(settings.host.strip("[]"), settings.port)
     try:
-        trio.run(serve, settings, listeners, early_signals)
+        trio.run(serve, settings, listeners, early_signals, resources)
     finally:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)

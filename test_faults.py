@@ -449,7 +449,7 @@ def test_a_missing_right_is_named_once_at_the_start_with_those_to_give(
     client: Any = server.client
     client.execute_command(*APP, right)
     program = start(REDIS_URL=as_app(server))
-    lacks = {"resetchannels": "publish", "resetkeys": "set"}.get(right, right[1:])
+    lacks = {"resetchannels": "publish", "resetkeys": "permissions"}.get(right, right[1:])
     needed = re.escape("~{jobqueue}:* &{jobqueue}:* +@read +@write +@scripting")
     eventually(lambda: program.logged(f"(?i)ERROR .*{lacks}.* the rights that are needed: {needed}"))
     time.sleep(0.3)
@@ -2030,7 +2030,7 @@ class StoreMachine(RuleBasedStateMachine):
         if not self.claimed:
             return
         claim = data.draw(st.sampled_from(self.claimed))
-        report = Report(claim, transition, "1", 3)  # a result or an error, and a delay
+        report = Report(claim, transition, "1", "", 3)  # a result or an error, and a delay
         accepted, _ = self.do(Store.report_and_claim, report, "", 0.0)
         job = self.jobs.get(claim.id)
         assert accepted == (job is not None and job.token == claim.token)
@@ -2047,7 +2047,7 @@ class StoreMachine(RuleBasedStateMachine):
     def renew(self, data: st.DataObject) -> None:
         """Renew any claims ever made; those that are still held get a new lease, the others are told."""
         claims = data.draw(st.lists(st.sampled_from(self.claimed))) if self.claimed else []
-        now, lost, cancelled = self.do(Store.renew, claims, self.LEASE / 1000)
+        now, lost, cancelled = self.do(Store.renew, [(claim, "") for claim in claims], self.LEASE / 1000)
         held = {(job_id, job.token) for job_id, job in self.jobs.items() if job.place == "processing"}
         assert (now, cancelled) == (self.now, [])
         assert lost == [claim.token for claim in claims if (claim.id, claim.token) not in held]

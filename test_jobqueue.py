@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import itertools
 import json
 import logging
 import math
 import os
+import re
 import signal
 import smtplib
 import socket
@@ -15,14 +18,18 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fakeredis
+import msgspec
 import pytest
 import redis
 import trio
@@ -155,23 +162,28 @@ def handler() -> Iterator[Register]:
     HANDLERS.update(before)
 
 
+def read(job_type: str, payload: Any) -> dict[str, Any]:
+    return HANDLERS[job_type].read(payload if isinstance(payload, str) else json.dumps(payload))
+
+
 @pytest.mark.parametrize(
     ("job_type", "payload", "problem"),
     [
-        ("math", {"a": 1}, "payload.b is missing"),
-        ("math", {"a": 1, "b": 2, "c": 3}, "payload.c is not a parameter"),
-        ("math", {"a": 1, "b": 1.5}, "payload.b must be int | str"),
-        ("math", {"a": 1, "b": True}, "payload.b must be int | str"),
-        ("math", {"a": None, "b": 1}, "payload.a must be int | str"),
-        ("email", {"to": "x", "subject": "y", "body": ["z"]}, "payload.body must be str"),
-        ("long", {"seconds": "2"}, "payload.seconds must be float"),
+        ("math", {"a": 1}, "payload.b is missing; they are: a, b"),
+        ("math", {"a": 1, "b": 2, "c": 3}, "payload.c is not one of the fields; they are: a, b"),
+        ("math", {"a": 1, "b": 1.5}, "payload.b: expected int | str, got float"),
+        ("math", {"a": 1, "b": True}, "payload.b: expected int | str, got bool"),
+        ("math", {"a": None, "b": 1}, "payload.a: expected int | str, got null"),
+        ("math", [1, 2], "payload: expected object, got array"),
+        ("email", {"to": "x", "subject": "y", "body": ["z"]}, "payload.body: expected str, got array"),
+        ("long", {"seconds": "2"}, "payload.seconds: expected float, got str"),
     ],
 )
 def test_a_payload_that_does_not_fit_the_signature_is_refused_by_name(
-    job_type: str, payload: dict[str, Any], problem: str
+    job_type: str, payload: Any, problem: str
 ) -> None:
-    with pytest.raises(ValueError, match=problem.replace("|", r"\|")):
-        HANDLERS[job_type].check(payload)
+    with pytest.raises(ValueError, match=f"^{re.escape(problem)}$"):
+        read(job_type, payload)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +191,92 @@ def test_a_payload_that_does_not_fit_the_signature_is_refused_by_name(
     [("math", {"a": "5", "b": 3}), ("long", {}), ("long", {"seconds": 1}), ("long", {"seconds": 0.5})],
 )
 def test_a_payload_that_fits_is_accepted(job_type: str, payload: dict[str, Any]) -> None:
-    HANDLERS[job_type].check(payload)
+    assert payload.items() <= read(job_type, payload).items()
+
+
+class Color(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: list[float]
+
+
+class Options(typing.TypedDict):
+    deep: bool
+
+
+MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+# An annotation, a JSON text that fits, what the handler gets, one that does not fit, and what is said of it.
+TYPES: list[tuple[Any, str, Any, str, str]] = [
+    (str, '"a"', "a", "1", "payload.ns: expected str, got int"),
+    (int, "9" * 40, int("9" * 40), "1.0", "payload.ns: expected int, got float"),
+    (float, "1", 1.0, '"1"', "payload.ns: expected float, got str"),
+    (bool, "true", True, "1", "payload.ns: expected bool, got int"),
+    (list[int], "[1]", [1], '["x"]', "payload.ns[0]: expected int, got str"),
+    (list, '[1, "a"]', [1, "a"], '"notalist"', "payload.ns: expected array, got str"),
+    (dict[str, int], '{"a": 1}', {"a": 1}, '{"a": "b"}', "payload.ns[...]: expected int, got str"),
+    (tuple[int, str], '[1, "a"]', (1, "a"), "[1]", "payload.ns: expected array of length 2"),
+    (set[int], "[1, 1]", {1}, "1", "payload.ns: expected array, got int"),
+    (int | None, "null", None, '"a"', "payload.ns: expected int | null, got str"),
+    (typing.Literal["a", "b"], '"a"', "a", '"c"', "payload.ns: invalid enum value 'c'; it must be one of: 'a', 'b'"),
+    (Color, '"red"', Color.RED, '"x"', "payload.ns: invalid enum value 'x'; it must be one of: 'blue', 'red'"),
+    (list[Color], '["red"]', [Color.RED], '["x"]', "payload.ns[0]: invalid enum value 'x'; it must be one of: 'blue', 'red'"),
+    (Point, '{"x": 1, "y": [2]}', Point(1, [2.0]), '{"x": 1}', "payload.ns.y is missing"),
+    (Options, '{"deep": true}', {"deep": True}, '{"deep": 1}', "payload.ns.deep: expected bool, got int"),
+    (datetime, '"2026-01-02T03:04:05Z"', MOMENT, '"2026"', "payload.ns: invalid RFC3339 encoded datetime"),
+    (date, '"2026-01-02"', date(2026, 1, 2), '"2026-13-02"', "payload.ns: invalid RFC3339 encoded date"),
+    (timedelta, '"PT5S"', timedelta(seconds=5), '"x"', "payload.ns: invalid ISO8601 duration"),
+    (uuid.UUID, f'"{uuid.UUID(int=7)}"', uuid.UUID(int=7), '"x"', "payload.ns: invalid UUID"),
+    (Decimal, '"1.50"', Decimal("1.50"), '"x"', "payload.ns: invalid decimal string"),
+    (bytes, '"eA=="', b"x", '"#"', "payload.ns: invalid base64 encoded string"),
+    (typing.Annotated[int, msgspec.Meta(ge=1, le=9)], "9", 9, "10", "payload.ns: expected int <= 9"),
+    (typing.Annotated[str, msgspec.Meta(pattern="^a")], '"ab"', "ab", '"b"', "payload.ns: expected str matching regex '^a'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", TYPES, ids=lambda row: str(row[0]))
+def test_a_handler_gets_what_its_signature_says_and_nothing_else(handler: Register, row: Any) -> None:
+    annotation, good, value, bad, problem = row
+
+    def take(ns: Any) -> Any:
+        return ns
+
+    take.__annotations__["ns"] = annotation
+    handler("take")(take)
+    assert read("take", f'{{"ns": {good}}}') == {"ns": value}
+    assert type(read("take", f'{{"ns": {good}}}')["ns"]) is type(value)
+    with pytest.raises(ValueError, match=f"^{re.escape(problem)}$"):
+        read("take", f'{{"ns": {bad}}}')
+    shown = json.loads(jobqueue.to_json(value))
+    if annotation is not set[int]:
+        assert read("take", f'{{"ns": {json.dumps(shown)}}}') == {"ns": value}  # as a result it is JSON, too
+
+
+def test_a_parameter_without_annotation_takes_anything_and_defaults_are_real(handler: Register) -> None:
+    @handler("mixed")
+    def mixed(anything, color: Color = Color.RED, items: list[int] = [1]) -> None: ...  # type: ignore[no-untyped-def] # noqa: B006
+
+    assert read("mixed", {"anything": {"a": [1]}}) == {
+        "anything": {"a": [1]},
+        "color": Color.RED,
+        "items": [1],
+    }
+    assert HANDLERS["mixed"].schema["properties"]["color"]["default"] == "red"
+    read("mixed", {"anything": 1})["items"].append(2)
+    assert read("mixed", {"anything": 1})["items"] == [1]
+
+
+@pytest.mark.parametrize("annotation", [complex, Path, object, Callable[[], int], trio.Event])
+def test_an_annotation_that_no_json_can_fill_is_an_error_at_once(handler: Register, annotation: Any) -> None:
+    def take(fine: int, odd: Any) -> None: ...
+
+    take.__annotations__["odd"] = annotation
+    with pytest.raises(TypeError, match="no JSON can fill 'odd' of the handler of 'take'"):
+        handler("take")(take)
 
 
 async def test_math_adds_numbers_and_strings() -> None:
@@ -524,7 +621,7 @@ async def claim(bench: Bench, token: str) -> Claim:
 
 
 async def report(bench: Bench, claimed: Claim, transition: str, text: str = "", delay: float = 0) -> bool:
-    accepted, _ = await bench.store.report_and_claim(Report(claimed, transition, text, delay), "", LEASE)
+    accepted, _ = await bench.store.report_and_claim(Report(claimed, transition, text, "", delay), "", LEASE)
     return accepted
 
 
@@ -682,7 +779,7 @@ async def test_a_renewed_lease_ends_later(bench: Bench) -> None:
     [job_id] = await submitted(bench)
     claimed = await claim(bench, "i:1")
     bench.move(10)
-    assert (await bench.store.renew([claimed], LEASE))[1:] == ([], [])
+    assert (await bench.store.renew([(claimed, "")], LEASE))[1:] == ([], [])
     bench.move(10)
     assert (await bench.store.sweep(0)).ended == []
     bench.move(5)
@@ -694,7 +791,7 @@ async def test_a_renewal_tells_which_tokens_hold_no_job(bench: Bench) -> None:
     claims = [await claim(bench, f"i:{n}") for n in range(3)]
     bench.client.hset(f"{{jobqueue}}:job:{claims[1].id}", "token", "j:1")
     await report(bench, claims[2], "complete", "3")
-    assert (await bench.store.renew(claims, LEASE))[1:] == (["i:1", "i:2"], [])
+    assert (await bench.store.renew([(claimed, "") for claimed in claims], LEASE))[1:] == (["i:1", "i:2"], [])
 
 
 async def test_a_claim_sent_again_gets_the_same_job_and_a_new_lease(bench: Bench) -> None:
@@ -823,7 +920,7 @@ async def test_pages_by_status_are_the_places_of_that_status(bench: Bench) -> No
         if n < 4:
             await report(bench, claimed, "complete" if n % 2 else "fail", "0")
         bench.move(1)
-    await bench.store.renew([running[0]], 2 * LEASE)  # which must not matter
+    await bench.store.renew([(running[0], "")], 2 * LEASE)  # which must not matter
     delayed = await submitted(bench, 2, delay=60)
     assert await listed(bench, Status.FAILED, 1) == [[ids[2]], [ids[0]]]
     assert await listed(bench, Status.COMPLETED, 5) == [[ids[3], ids[1]]]
@@ -885,7 +982,7 @@ async def ready_to_renew(bench: Bench) -> Callable[[], Any]:
     await submitted(bench, 3)
     claims = [await claim(bench, f"{n}:1") for n in range(3)]
     await report(bench, claims[1], "release")
-    return lambda: bench.store.renew(claims, LEASE)
+    return lambda: bench.store.renew([(claimed, "") for claimed in claims], LEASE)
 
 
 async def ready_to_sweep(bench: Bench) -> Callable[[], Any]:
@@ -1279,7 +1376,7 @@ endless: list[Any] = []
 endless.append(endless)
 
 
-@pytest.mark.parametrize("result", [{1, 2}, math.nan, object(), endless])
+@pytest.mark.parametrize("result", [{1: {1 + 2j}}, math.nan, {"a": [math.inf]}, object(), endless, "\ud800"])
 async def test_a_result_that_is_not_json_is_a_failed_attempt(
     autojump_clock: MockClock,
     memory_bench: Bench,
@@ -1451,7 +1548,7 @@ async def test_other_instances_may_renew_their_leases_first_when_redis_is_back(
     await trio.sleep(10)
     memory_bench.away = False
     await trio.sleep(0.7)
-    assert (await memory_bench.store.renew([claimed], 60))[1] == []
+    assert (await memory_bench.store.renew([(claimed, "")], 60))[1] == []
     await trio.sleep(3)
     assert memory_bench.places() == {"processing": [job_id]}
 
@@ -1556,41 +1653,44 @@ def amounts(name: str) -> list[Any]:
     [
         (b"", "not JSON"),
         (b"{", "not JSON"),
-        (b'"text"', "must be an object"),
-        (b"1", "must be an object"),
-        (b"null", "must be an object"),
+        (b'"text"', "the body: expected object | array, got str"),
+        (b"1", "expected object | array, got int"),
+        (b"null", "expected object | array, got null"),
         (b"\xff", "not UTF-8"),
-        (b'{"job_type": "math", "payload": {"a": NaN, "b": 1}}', "NaN"),
-        (b'{"job_type": "math", "payload": {"a": Infinity, "b": 1}}', "Infinity"),
-        (b'{"job_type": "math", "payload": {"a": 1, "b": 1}, "delay": -Infinity}', "-Infinity"),
+        (b'{"job_type": "math", "payload": {"a": NaN, "b": 1}}', "not JSON"),
+        (b'{"job_type": "math", "payload": {"a": Infinity, "b": 1}}', "not JSON"),
+        (b'{"job_type": "math", "payload": {"a": 1, "b": 1}, "delay": -Infinity}', "not JSON"),
         (b'{"job_type": "math", "payload": {"a": 1, "b": 1}, "timeout": 1e999}', "timeout"),
-        (b'{"job_type": "math", "payload": {"a": 1e999, "b": 1}}', "Out of range"),
-        (b'{"job_type": "math", "payload": {"a": "\\ud800", "b": 1}}', "surrogate"),
-        (b'{"job_type": "\\ud800", "payload": {}}', "job_type"),
-        (b'{"\\ud800": 1}', "not a field"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b'{"job_type": "math", "payload": {"a": 1e999, "b": 1}}', "payload.a: number out of range"),
+        (b'{"job_type": "math", "payload": {"a": "\\ud800", "b": 1}}', "not JSON"),
+        (b'{"job_type": "\\ud800", "payload": {}}', "surrogate"),
+        (b'{"\\ud800": 1}', "not JSON"),
+        (b"[" * 100_000, "expected object, got array"),
         (b'{"job_type": "math", "payload": ' + b'{"a":' * 20_000 + b"1" + b"}" * 20_001, "nested too deeply"),
-        (b'{"job_type": "math", "payload": {"a": ' + b"9" * 10_000 + b', "b": 1}}', "too many digits"),
-        ({"payload": {}}, "job_type must be one of: email, math, long"),
+        (
+            b'{"job_type": "math", "payload": {"a": ' + b"9" * 10_000 + b', "b": 1}}',
+            "payload.a: integer value out of range",
+        ),
+        ({"payload": {}}, "job_type is missing; they are: job_type, payload, max_retries, timeout, delay"),
         (GOOD | {"job_type": "nope"}, "job_type must be one of: email, math, long"),
         (GOOD | {"job_type": 1}, "job_type"),
         (GOOD | {"job_type": ["math"]}, "job_type"),
-        ({"job_type": "math"}, "payload must be an object"),
-        (GOOD | {"payload": []}, "payload must be an object"),
-        (GOOD | {"payload": None}, "payload must be an object"),
+        ({"job_type": "math"}, "payload is missing"),
+        (GOOD | {"payload": []}, "payload: expected object, got array"),
+        (GOOD | {"payload": None}, "payload: expected object, got null"),
         (GOOD | {"payload": {"a": 1}}, "payload.b is missing"),
-        (GOOD | {"payload": {"a": 1, "b": 2, "c": 3}}, "payload.c is not a parameter"),
-        (GOOD | {"payload": {"a": 1, "b": {}}}, "payload.b must be int | str"),
-        (GOOD | {"priority": 1}, "'priority' is not a field"),
-        (GOOD | {"max_retries": 1.0}, "max_retries must be a whole number from 0 to 100"),
-        (GOOD | {"timeout": 0}, "timeout must be a number from 0.001"),
+        (GOOD | {"payload": {"a": 1, "b": 2, "c": 3}}, "payload.c is not one of the fields; they are: a, b"),
+        (GOOD | {"payload": {"a": 1, "b": {}}}, "payload.b: expected int | str, got object"),
+        (GOOD | {"priority": 1}, "priority is not one of the fields; they are: job_type, payload"),
+        (GOOD | {"max_retries": 1.0}, "max_retries: expected int, got float"),
+        (GOOD | {"timeout": 0}, "timeout: expected float >= 0.001"),
         *amounts("delay"),
         *amounts("timeout"),
         *amounts("max_retries"),
         ([], "at least one job"),
         ([GOOD, GOOD | {"payload": {"a": 1}}], "job 1 of the array: payload.b is missing"),
-        ([GOOD, 7], "job 1 of the array: a job must be an object"),
-        ([[GOOD]], "job 0 of the array: a job must be an object"),
+        ([GOOD, 7], "job 1 of the array: expected object, got int"),
+        ([[GOOD]], "job 0 of the array: expected object, got array"),
     ],
 )
 async def test_a_bad_body_is_a_400_that_says_what_is_wrong_and_stores_nothing(
@@ -1704,10 +1804,10 @@ async def test_redis_away_is_503_with_retry_after(api: Api) -> None:
 async def test_a_bug_is_500_in_json_and_a_traceback_in_the_log(
     api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(body: bytes) -> Any:
+    def broken(body: bytes, settings: Settings) -> Any:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(jobqueue, "parse_json", broken)
+    monkeypatch.setattr(jobqueue, "parse_jobs", broken)
     status, answer = await api.post(GOOD)
     assert (status, list(answer)) == (500, ["error"])
     assert "secret" not in answer["error"]
@@ -1928,11 +2028,18 @@ async def test_without_the_token_everything_is_401(api: Api, given: str) -> None
         ("POST", "/job"),
         ("GET", "/job/x"),
         ("DELETE", "/job/x"),
-        ("GET", "/?"),
     ]:
         response = await guarded.client.open(path, method=method, headers={"Authorization": given})
         assert response.status_code == 401
         assert response.headers["WWW-Authenticate"].startswith("Bearer")
+
+
+async def test_a_probe_needs_no_token_and_asks_redis(api: Api) -> None:
+    guarded = Api(api.bench, Settings(api_token="token"))
+    response = await guarded.client.get("/")
+    assert (response.status_code, response.headers["Location"]) == (302, "/jobs")
+    api.bench.away = True
+    assert (await guarded.client.get("/")).status_code == 503
 
 
 async def test_with_the_token_all_is_as_ever_and_the_page_may_ask_for_it(api: Api) -> None:

@@ -59,7 +59,7 @@ def bulk(count: int, size: int) -> None:
 
 def work() -> None:
     """Ten jobs in hand. A round trip reports them and claims the next ten; in between they are run."""
-    claim, complete = script("claim"), script("complete")
+    claim, report = script("claim"), script("report")
     held: list[tuple[str, list[Any]]] = []  # token, claim
     number = 0
     while True:
@@ -67,11 +67,12 @@ def work() -> None:
         tokens = []
         for slot in range(peer.CONCURRENCY):
             number += 1
-            tokens.append(f"limit:{number}")
+            tokens.append(f"limit/{slot}:{number}")
             if slot < len(held):
-                token, (_, job_id, _, payload, *_) = held[slot]
+                token, (_, job_id, _, payload, attempts, *_) = held[slot]
                 result = json.dumps(peer.add(**json.loads(payload)))
-                complete([PREFIX], [job_id, token, tokens[slot], LEASE_MS, result], pipe)
+                reported = [job_id, token, "complete", result, "", attempts, 0]
+                report([PREFIX], [*reported, tokens[slot], LEASE_MS], pipe)
             else:
                 claim([PREFIX], [tokens[slot], LEASE_MS], pipe)
         replies: list[Any] = pipe.execute()
