@@ -1,4 +1,4 @@
-FROM python:3.13.9-slim-bookworm
+FROM python:3.14.6-slim-bookworm
 
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /app
@@ -7,7 +7,8 @@ WORKDIR /app
 COPY requirements.txt .
 RUN sed '/^# Tests/,$d' requirements.txt > runs.txt && pip install --no-cache-dir --only-binary :all: -r runs.txt
 
-COPY jobqueue.py .
+# The module, and those of a fork; .dockerignore leaves out the tests.
+COPY *.py ./
 COPY templates templates
 
 # nobody

@@ -1917,7 +1917,7 @@ def create_app(pool: WorkerPool) -> QuartTrio:
 
     def wants_page() -> bool:
         best = request.accept_mimetypes.best_match(["application/json", "text/html"])
-        return request.method == "GET" and request.path in ("/", "/jobs") and best == "text/html"
+        return request.method in ("GET", "HEAD") and request.path == "/jobs" and best == "text/html"
 
     @app.post("/job")
     async def submit() -> Response:

@@ -585,12 +585,12 @@ async def test_redis_is_spoken_to_over_tls_if_its_certificate_is_trusted(
     url = f"rediss://127.0.0.1:{port}?ssl_ca_certs="
     connection = RedisConnection(url + str(tmp_path / "ca.pem"))
     text = "ä" * 3_000_000
+    opened = set()
     for _ in range(3):
-        assert await connection.exchange([("SET", "a", text), ("GET", "a"), ("PING",)]) == [
-            "OK",
-            text,
-            "PONG",
-        ]
+        replies = await connection.exchange([("SET", "a", text), ("GET", "a"), ("PING",)])
+        assert replies == ["OK", text, "PONG"]
+        opened.add(connection._connection)
+    assert len(opened) == 1
     monkeypatch.delenv("SSL_CERT_FILE")
     trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
     with pytest.raises(redis.ConnectionError, match="certificate"):
@@ -1372,6 +1372,91 @@ async def test_a_worker_that_finds_more_jobs_wakes_as_many_others(
     assert present == 4
 
 
+async def test_an_unrecoverable_error_fails_the_job_at_once(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
+) -> None:
+    @handler("hopeless")
+    async def hopeless() -> None:
+        raise jobqueue.Unrecoverable("no such user")
+
+    pool = await run_pool(memory_bench, nursery)
+    job = await finished(memory_bench, await submit_typed(memory_bench, pool, "hopeless"))
+    assert (job["status"], job["attempts"]) == ("failed", "1")
+    assert job["error"].endswith("Unrecoverable: no such user")
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+async def test_the_traceback_of_the_last_attempt_is_kept_until_the_job_completes(
+    memory_bench: Bench, autojump_clock: MockClock, nursery: trio.Nursery, handler: Register, in_thread: bool
+) -> None:
+    attempts: list[int] = []
+
+    def dig(depth: int) -> None:
+        if depth:
+            dig(depth - 1)
+        raise ValueError("at the bottom" * 1000)
+
+    @handler("digs")
+    async def digs() -> None:
+        attempts.append(1)
+        if len(attempts) < 2:
+            await trio.to_thread.run_sync(dig, 3) if in_thread else dig(3)
+
+    pool = await run_pool(memory_bench, nursery)
+    job_id = await submit_typed(memory_bench, pool, "digs")
+    while "traceback" not in memory_bench.job(job_id):
+        await trio.sleep(0.01)
+    kept = memory_bench.job(job_id)["traceback"]
+    assert "in digs" in kept.splitlines()[1]  # the handler's own frames come first
+    assert "in dig\n" in kept
+    assert len(kept) < 8100
+    assert (await shown_job(memory_bench, job_id))["traceback"] == kept
+    await finished(memory_bench, job_id)
+    assert (await shown_job(memory_bench, job_id))["traceback"] is None
+
+
+async def test_progress_is_kept_by_the_next_heartbeat_and_fenced(
+    memory_bench: Bench, autojump_clock: MockClock, nursery: trio.Nursery, handler: Register
+) -> None:
+    @handler("pages")
+    async def pages() -> str:
+        jobqueue.progress(0.4, "page 4 of 10")
+        await trio.sleep(2)
+        return f"{jobqueue.job()}"
+
+    pool = await run_pool(memory_bench, nursery)
+    job_id = await submit_typed(memory_bench, pool, "pages")
+    await trio.sleep(1)
+    shown = await shown_job(memory_bench, job_id)
+    assert shown["progress"] == {"done": 0.4, "note": "page 4 of 10"}
+    assert shown["worker"] == f"{socket.gethostname()}:{os.getpid()}"
+    [attempt] = pool.attempts.values()
+    stale = attempt.claim._replace(token="x:1")
+    assert (await memory_bench.store.renew([(stale, '{"done": 1}')], LEASE))[1] == ["x:1"]
+    assert (await shown_job(memory_bench, job_id))["progress"] == shown["progress"]
+    expected = jobqueue.Job(job_id, "pages", 1, 3)
+    assert json.loads((await finished(memory_bench, job_id))["result"]) == str(expected)
+
+
+async def test_progress_and_job_in_a_thread_are_those_of_its_job(handler: Register, bench: Bench) -> None:
+    @handler("thread")
+    def thread() -> list[Any]:
+        jobqueue.progress(0.5)
+        return list(jobqueue.job())
+
+    [job_id] = await submitted(bench)
+    claimed = (await claim(bench, "i:1"))._replace(job_type="thread", payload="{}")
+    reported = await jobqueue.run_attempt(WorkerPool(bench.store, Settings()), claimed)
+    assert reported
+    assert json.loads(reported.text) == [job_id, "thread", 1, 3]
+
+
+def test_outside_of_a_job_progress_does_nothing_and_job_is_an_error() -> None:
+    jobqueue.progress(1)
+    with pytest.raises(LookupError):
+        jobqueue.job()
+
+
 endless: list[Any] = []
 endless.append(endless)
 
@@ -2079,6 +2164,8 @@ class Mailbox:
     async def handle_RCPT(self, _s: Any, _x: Any, envelope: Any, address: str, _o: Any) -> str:  # noqa: N802
         if address.startswith("nobody@"):
             return "550 no such mailbox"
+        if address.startswith("busy@"):
+            return "450 try again later"
         envelope.rcpt_tos.append(address)
         return "250 OK"
 
@@ -2125,6 +2212,44 @@ async def test_email_with_a_line_break_in_a_header_is_refused(mailbox: Mailbox, 
     with pytest.raises(ValueError, match="linefeed"):
         await HANDLERS["email"](EMAIL | {field: "a@example.com\nBcc: b@example.com"})
     assert mailbox.messages == []
+
+
+@pytest.mark.parametrize("field", ["to", "subject"])
+@pytest.mark.parametrize(
+    "encoding", ["q?x=0D=0ABcc:_nobody=40example.com", "b?eA0KQmNjOiBub2JvZHlAZXhhbXBsZS5jb20="]
+)
+async def test_a_header_cannot_be_smuggled_into_an_email_in_an_encoded_word(
+    mailbox: Mailbox, field: str, encoding: str
+) -> None:
+    word = f"=?utf-8?{encoding}?="
+    payload = EMAIL | {field: word if field == "subject" else f"{word} <user@example.com>"}
+    with suppress(ValueError):
+        await HANDLERS["email"](payload)
+    for envelope in mailbox.messages:  # what arrives, if anything does
+        head = envelope.content.partition(b"\r\n\r\n")[0].lower()
+        assert b"\nbcc" not in head
+        assert envelope.rcpt_tos == ["user@example.com"]
+
+
+async def test_a_password_is_not_sent_over_an_unencrypted_connection_to_another_machine(
+    handler: Register, smtp_server: Callable[..., tuple[Mailbox, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box, address = smtp_server()
+    monkeypatch.setattr(jobqueue, "LOOPBACK", ())
+    jobqueue.send_email_through(f"smtp://me:secret@{address}", "queue@example.com")
+    with pytest.raises(smtplib.SMTPNotSupportedError, match="unencrypted"):
+        await HANDLERS["email"](EMAIL)
+    assert box.messages == []
+
+
+@pytest.mark.parametrize(
+    ("user", "error"), [("nobody", jobqueue.Unrecoverable), ("busy", smtplib.SMTPException)]
+)
+async def test_an_address_refused_for_good_is_unrecoverable_and_a_busy_server_is_not(
+    mailbox: Mailbox, user: str, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        await HANDLERS["email"](EMAIL | {"to": f"{user}@example.com"})
 
 
 async def test_a_refusal_of_the_smtp_server_is_the_error_of_the_job(
@@ -2331,6 +2456,70 @@ def test_a_bug_in_a_task_ends_the_program_with_a_traceback_and_status_1(tmp_path
     run = subprocess.run([sys.executable, module], env=environ, capture_output=True, text=True, timeout=30)
     assert run.returncode == 1
     assert "ZeroDivisionError: a bug" in run.stderr
+
+
+FORK = """
+import contextlib, os
+import jobqueue
+
+@contextlib.asynccontextmanager
+async def resources():
+    global pool
+    pool = "a pool"
+    jobqueue.log.info("resources entered")
+    yield
+    jobqueue.log.info("resources left")
+
+@jobqueue.handler("resize")
+def resize(path: str, width: int = 800) -> str:
+    return f"{path} {width} {pool}"
+
+if __name__ == "__main__":
+    jobqueue.main(resources())
+"""
+
+
+@pytest.fixture
+def fork(tmp_path: Path) -> Path:
+    (tmp_path / "my_queue.py").write_text(FORK)
+    return tmp_path / "my_queue.py"
+
+
+BESIDE = {"PYTHONPATH": str(MODULE.parent)}
+
+
+def test_resources_are_there_before_the_first_job_and_until_after_the_last(start: Start, fork: Path) -> None:
+    program = start(module=fork, **BESIDE)
+    job_id = program.submit("resize", path="a.png")
+    assert program.ended(job_id)["result"] == "a.png 800 a pool"
+    assert program.stop() == 0
+    order = [program.log.index(text) for text in ("entered", "listening", "completed", "left", "stopped")]
+    assert order == sorted(order)
+
+
+def test_a_fork_can_be_imported_and_help_and_errors_name_its_file(fork: Path) -> None:
+    environ = os.environ | BESIDE
+    for flags, status, text in [
+        (["-c", "import my_queue; print(my_queue.resize('a'))"], 1, "name 'pool' is not defined"),
+        ([str(fork), "--help"], 0, "usage: my_queue.py"),
+        ([str(fork), "--port", "x"], 2, "my_queue.py: PORT must be a whole number"),
+        ([str(fork), "--version"], 0, jobqueue.__version__),
+    ]:
+        command = [sys.executable, *flags]
+        run = subprocess.run(command, env=environ, cwd=fork.parent, capture_output=True, text=True)
+        assert (run.returncode, text in run.stdout + run.stderr) == (status, True), run
+
+
+def test_a_redis_with_another_layout_is_refused_by_one_clear_line(
+    start: Start, redis_server: RedisServer
+) -> None:
+    assert start(REDIS_URL=redis_server.url).call("GET", "/jobs?limit=1")[0] == 200
+    eventually(lambda: redis_server.client.get(PREFIX + "layout") == jobqueue.LAYOUT)
+    redis_server.client.set(PREFIX + "layout", "99")
+    program = start(REDIS_URL=redis_server.url)
+    assert program.process.wait(30) == 1
+    eventually(lambda: program.logged("CRITICAL Redis has jobs of another version: layout 99"))
+    assert "Traceback" not in program.log
 
 
 def test_passwords_do_not_reach_the_log(start: Start) -> None:

@@ -16,6 +16,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.select import Select
 
 from conftest import MODULE, Program, RedisServer, eventually, missing
 
@@ -119,10 +120,11 @@ class Page:
         nodes = self.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
         return [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if not n["ignored"]]
 
-    def emulate(self, width: int = 0, height: int = 0, **features: str) -> None:
-        """A screen of another size, 0 for its own; a reader with other wishes."""
+    def emulate(self, width: int = 0, height: int = 0, timezone: str = "", **features: str) -> None:
+        """A screen of another size, 0 for its own; a reader elsewhere, with other wishes."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": bool(width)}
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.browser.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": timezone})
         wishes = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
         self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wishes})
 
@@ -135,7 +137,8 @@ class Page:
         """Whom the page sent requests since the last look."""
         events = [json.loads(entry["message"])["message"] for entry in read_log(self.browser, "performance")]
         urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        return {urlsplit(url).netloc for url in urls if not url.startswith("data:")}
+        own = ("data:", "chrome:", "chrome-untrusted:")  # also of its first, empty tab
+        return {urlsplit(url).netloc for url in urls if not url.startswith(own)}
 
 
 Visit = Callable[..., Page]
@@ -252,6 +255,20 @@ def test_details_show_payload_result_and_times(start: Start, visit: Visit) -> No
     assert page.detail(job_id, "error") == page.detail(job_id, "due_at") == ""
     page.open_details(job_id)
     assert page.detail(job_id, "payload") == ""
+
+
+def test_details_show_the_progress_the_worker_and_the_traceback(start: Start, visit: Visit) -> None:
+    program = start("--max-retries", "0")
+    bad, long = program.submit("math", a="one", b=2), program.submit("long", seconds=1000)
+    program.ended(bad)
+    page = visit(program)
+    page.open_details(bad)
+    page.open_details(long)
+    page.shows("of 1000 s", f"{page.row(long)} [data-is=progress]")
+    assert page.detail(long, "progress").startswith("0 %, ")
+    assert page.detail(long, "worker") == program.job(long)["worker"]
+    assert page.detail(bad, "traceback") == program.job(bad)["traceback"]
+    assert page.detail(bad, "progress") == page.detail(long, "traceback") == ""
 
 
 # ── That it is alive ────────────────────────────────────────────────────────────────────────────
@@ -410,14 +427,41 @@ def test_the_form_of_each_handler_submits(start: Start, visit: Visit) -> None:
 
 
 FORK = '''
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from enum import Enum
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
 import jobqueue
+from msgspec import Meta
+
+class Color(Enum):
+    RED = "red"
+    BLUE = "blue"
+
+@dataclass
+class Size:
+    width: int
+    height: int = 3
 
 @jobqueue.handler("every-kind")
 def every_kind(
-    dataset: str, whole: int, real: float, either: int | str, maybe: int | None, no: bool, yes: bool,
-    items: list[int | str], table: dict[str, int], free, level: int = 3, on: bool = True, note: str = "none",
-) -> None:
+    dataset: str, whole: int, real: float, either: int | str, maybe: int | None, nothing: str | None,
+    no: bool, yes: bool, perhaps: bool | None, items: list[int | str], table: dict[str, int], free,
+    color: Color, shade: Color | None, size: Literal[1, 2**60 + 1, "any"],
+    few: Annotated[int, Meta(ge=1, le=9)], above: Annotated[int, Meta(gt=1)],
+    code: Annotated[str, Meta(min_length=2, max_length=4, pattern="b")],
+    day: date, moment: Annotated[datetime, Meta(tz=True)], clock: Annotated[time, Meta(tz=False)],
+    local: Annotated[time, Meta(tz=True)], key: UUID, ns: list[int], box: Size, when: date | int,
+    level: int = 3, on: bool = True, note: str = "none", paint: Color = Color.RED,
+    tint: Color | None = Color.RED, hue: Color | None = None, until: date = date(2030, 1, 2),
+    most: Size = Size(1),
+) -> Any:
     """Take every kind of parameter."""
+    return {name: type(value).__name__ for name, value in locals().items()}
 
 jobqueue.main()
 '''
@@ -430,26 +474,76 @@ def test_a_handler_of_a_fork_has_a_form_for_every_kind_of_parameter(
     module.write_text(FORK)
     program = start(module=module, PYTHONPATH=str(MODULE.parent))
     page = visit(program)
+    page.emulate(timezone="Asia/Kolkata")
     page.one("details:has(> form[data-job-type=every-kind]) > summary").click()
     assert page.text("form[data-job-type=every-kind] p") == "Take every kind of parameter."
-    page.one("[data-field=yes]").click()
-    texts = {
-        "dataset": "5",
-        "whole": str(2**53 + 1),
-        "real": "1.50",
-        "either": "6",
-        "maybe": "7",
-        "free": "x",
+
+    def field(name: str) -> WebElement:
+        return page.one(f"form[data-job-type=every-kind] [data-field={name}]")
+
+    def attributes(name: str, *wanted: str) -> list[str | None]:
+        return [field(name).get_dom_attribute(each) for each in wanted]
+
+    def choices(name: str) -> tuple[list[str], str]:
+        """What there is to choose, and what is chosen."""
+        select = Select(field(name))
+        return [option.text for option in select.options], select.first_selected_option.text
+
+    def hint(name: str) -> str:
+        return page.text(f"label:has(> [data-field={name}]) small")
+
+    assert choices("color") == (["blue", "red"], "blue")
+    assert choices("size") == (["1", str(2**60 + 1), "any"], "1")
+    assert choices("perhaps") == (["", "true", "false"], "")
+    assert choices("shade") == choices("hue") == (["", "blue", "red"], "")
+    assert choices("paint") == choices("tint") == (["", "blue", "red"], "red")
+    assert attributes("few", "type", "min", "max", "step") == ["number", "1", "9", "1"]
+    assert attributes("above", "min", "max") == ["2", None]
+    assert attributes("real", "type", "step") == ["number", "any"]
+    assert attributes("code", "minlength", "maxlength", "pattern") == ["2", "4", ".*(?:b).*"]
+    assert field("items").tag_name == field("free").tag_name == field("box").tag_name == "textarea"
+    inputs = {"day": "date", "moment": "datetime-local", "clock": "time", "key": "text"}
+    assert {name: attributes(name, "type")[0] for name in inputs} == inputs
+    usual = {"level": "3", "note": "none", "most": '{"height": 3, "width": 1}'}
+    assert {name: attributes(name, "placeholder")[0] for name in usual} == usual
+    hints = {
+        "dataset": "",
+        "either": "int | str",
+        "maybe": "int | None",
+        "table": "dict[str, int]",
+        "clock": "time",
+        "free": "anything",
+        "box": "{width, height}",
+        "level": "int, optional",
+        "until": "date, optional, by default 2030-01-02",
     }
-    for name, text in {**texts, "items": "[1,", "table": '{"a": 1}'}.items():
-        page.one(f"[data-field={name}]").send_keys(text)
+    assert {name: hint(name) for name in hints} == hints
+
+    texts = {"dataset": "5", "either": "6", "code": "abc", "key": "12345678-1234-5678-1234-567812345678"}
+    numbers = {"whole": 2**53 + 1, "real": "1.50", "maybe": 7, "few": 9, "above": 2}
+    jsons = {"table": {"a": 1}, "free": "x", "ns": [1, 2], "box": {"width": 5}, "when": "2026-02-03"}
+    typed = texts | numbers | {name: json.dumps(value) for name, value in jsons.items()}
+    for name, text in {**typed, "items": "[1,"}.items():
+        field(name).send_keys(str(text))
+    # How a date is typed depends on the country.
+    times = {"day": "2026-02-03", "moment": "2026-02-03T04:05", "clock": "04:05", "local": "04:05:06"}
+    for name, text in times.items():
+        page.run("arguments[0].value = arguments[1]", field(name), text)
+    field("yes").click()
+    Select(field("color")).select_by_visible_text("red")
+    Select(field("size")).select_by_visible_text(str(2**60 + 1))
+    Select(field("tint")).select_by_visible_text("")
     page.one("form[data-job-type=every-kind] [type=submit]").click()
     page.shows("payload.items must be JSON: list[int | str]", "form[data-job-type=every-kind] output")
-    job_id = page.fill_and_submit("every-kind", items='[1, "2"]')
-    payload = program.job(job_id)["payload"]
-    assert (payload.pop("items"), payload.pop("table")) == ([1, "2"], {"a": 1})
-    assert (payload.pop("no"), payload.pop("yes"), payload.pop("on")) == (False, True, True)
-    assert payload == texts | {"whole": 2**53 + 1, "real": 1.5, "maybe": 7}
+
+    job = program.ended(page.fill_and_submit("every-kind", items='[1, "2"]'))
+    sent = {"items": [1, "2"], "no": False, "yes": True, "on": True, "real": 1.5}
+    sent |= {"nothing": None, "perhaps": None, "shade": None, "tint": None}
+    sent |= {"color": "red", "size": 2**60 + 1, "paint": "red", "day": "2026-02-03", "clock": "04:05:00"}
+    sent |= {"moment": "2026-02-02T22:35:00.000Z", "local": "22:35:06.000Z"}
+    assert job["payload"] == texts | numbers | jsons | sent
+    kinds = {"color": "Color", "moment": "datetime", "key": "UUID", "box": "Size", "hue": "NoneType"}
+    assert {name: job["result"][name] for name in kinds} == kinds
 
 
 def test_what_is_refused_is_said_beside_the_form(start: Start, visit: Visit) -> None:
