@@ -1336,17 +1336,16 @@ def _claim(token: str, reply: list[Any]) -> Claim:
 TICK_SECONDS = 0.5  # how often leases are renewed and the queue is swept
 SWEEP_PAUSE_SECONDS = 0.01  # between two sweeps, when jobs fall due one after the other
 AGAIN_SECONDS = 0.2  # how long to wait before a call that failed is made again
-CALM_SECONDS = (
-    REPLY_SECONDS + 1.5
-)  # after Redis was away: the last of the other instances notices so much later
+CALM_SECONDS = REPLY_SECONDS + 1.5  # after Redis was away: the last instance notices it so late
 UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of a job
 TRACEBACK_MOST = 8000  # characters that are kept
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
-SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked whether the connection still stands
+SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked for a sign of life
+OUR_FRAMES = ("run_handler", "Handler.__call__", "to_thread_run_sync", "Error.unwrap")  # before the handler's own
 
 
 class Notifier:
-    """Wakes workers when there may be work. It is a hint, never state: a worker that wakes up claims again."""
+    """Wakes workers when there may be work: a hint, never state, so a worker that wakes up claims again."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -1356,8 +1355,7 @@ class Notifier:
         """Wake as many workers as there are jobs."""
         if jobs:
             self.count += 1
-            if self._sleepers:
-                self._sleepers.unpark(count=jobs)
+            self._sleepers.unpark(count=jobs)
 
     async def wait(self, seen: int) -> None:
         """Wait for the next notification, but not if there was one since `count` was `seen`."""
@@ -1373,9 +1371,9 @@ class WorkerPool:
         self.settings = settings
         self.notifier = Notifier()
         self.stopping = trio.Event()  # set at shutdown: nothing more is claimed
-        self.deadline = math.inf  # when whatever still runs is cancelled, on Trio's clock
+        self.grace = trio.CancelScope()  # at its deadline whatever still runs is cancelled
+        self.requests = trio.CancelScope()  # around all that serve HTTP, with the same deadline
         self.crashed = False  # whether a task failed: the exit status
-        self.requests = trio.CancelScope()  # around all that serve HTTP
         self.instance = f"{socket.gethostname()}:{os.getpid()}/{secrets.token_hex(6)}"
         self.is_open = True  # `serve` begins with False, until `inspect_redis` has looked at Redis
         self.numbers = itertools.count(1)  # of claims
@@ -1388,10 +1386,10 @@ class WorkerPool:
 
     def stop(self, grace: float) -> None:
         """Claim nothing more, and cancel in `grace` seconds what still runs then."""
-        self.deadline = min(self.deadline, trio.current_time() + grace)
-        self.requests.deadline = self.deadline
+        deadline = min(self.grace.deadline, trio.current_time() + grace)
+        self.grace.deadline = self.requests.deadline = deadline
         for attempt in self.attempts.values():
-            attempt.scope.deadline = min(attempt.scope.deadline, self.deadline)
+            attempt.scope.deadline = min(attempt.scope.deadline, deadline)
         self.stopping.set()
         self.notifier.notify()
         self.answer_waiters(list(self.waiters))
@@ -1408,176 +1406,171 @@ class WorkerPool:
             self.quiet_until = trio.current_time() + QUIET_SECONDS
             log.error("Redis refused: %s", error)
 
-    async def next(self, worker: str, report: Report | None) -> Claim | None:
-        """Report on the last job, until Redis has it, and claim another; None when the pool is stopping.
+    async def wait_until_open(self) -> None:
+        """Wait until `inspect_redis` has looked at Redis, or the pool is stopping."""
+        while not self.is_open and not self.stopping.is_set():
+            await self.notifier.wait(self.notifier.count)
 
-        What has no reply yet is said again, with the same tokens.
-        """
-        token = ""  # of a claim that has no reply yet
-        while True:
-            while not self.is_open and not self.stopping.is_set():
-                await self.notifier.wait(self.notifier.count)
-            seen = (
-                self.notifier.count
-            )  # read before the claim: what is submitted after it ends the wait below
+    async def next(self, worker: str, report: Report | None) -> Claim | None:
+        """Report on the last job, until Redis has it, and claim another; None when the pool is stopping."""
+        token = ""  # of a claim that has no reply yet: it is made again with the same one
+        while report or token or not self.stopping.is_set():
+            seen = self.notifier.count  # before the claim: what is submitted after it ends the wait below
             if not self.stopping.is_set():
                 token = token or f"{worker}:{next(self.numbers)}"
-            elif not report and not token:
-                return None
             try:
-                lease = self.settings.lease_seconds
+                claim = await self._exchange(report, token)
+            except redis.RedisError:
+                if self.stopping.is_set():
+                    return None
+            else:
+                if claim and not self.stopping.is_set():
+                    self.notifier.notify(claim.behind)
+                    return claim
+                report, token = Report(claim, "release") if claim else None, ""
+            if not self.stopping.is_set():  # later there are no more notifications
+                await self.notifier.wait(seen)  # after an error, for the first sweep that succeeds
+        return None
+
+    async def _exchange(self, report: Report | None, token: str) -> Claim | None:
+        """Report and claim. Raises redis.RedisError; but with a report not before the end of the grace."""
+        lease = self.settings.lease_seconds
+        while True:
+            try:
                 accepted, claim = await self.store.report_and_claim(report, token, lease)
             except redis.RedisError as error:
                 self.refused(error)
-                if report and trio.current_time() >= self.deadline:
+                if not report:
+                    raise
+                if trio.current_time() >= self.grace.deadline:
                     log.warning("job %s: if it was not reported, it runs again", report.claim.id)
-                    return None
-                if report:
-                    await trio.sleep(AGAIN_SECONDS)
-                elif self.stopping.is_set():
-                    return None
-                else:
-                    await self.notifier.wait(seen)  # for the first sweep that succeeds
+                    raise
+                await trio.sleep(AGAIN_SECONDS)
                 continue
-            if report:
-                self._reported(report, accepted)
-            report, token = None, ""
-            if claim and self.stopping.is_set():
-                report = Report(claim, "release")
-            elif claim:
-                self.notifier.notify(claim.behind)
-                return claim
-            elif not self.stopping.is_set():  # later there are no more notifications
-                await self.notifier.wait(seen)
+            if report and not accepted:
+                log.warning("job %s: report refused: too late, or sent twice", report.claim.id)
+            elif report and report.transition in ("complete", "fail"):
+                self.answer_waiters([report.claim.id])
+            return claim
 
-    def _reported(self, report: Report, accepted: bool) -> None:
-        if not accepted:
-            log.warning("job %s: report refused: too late, or sent twice", report.claim.id)
-        elif self.waiters and report.transition in ("complete", "fail"):
-            self.answer_waiters([report.claim.id])
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """An error, or the first few of those in a group."""
+    pending, found = [error], list[BaseException]()
+    while pending and len(found) < 5:  # a loop: groups may be nested deeper than Python's stack
+        each = pending.pop()
+        if isinstance(each, BaseExceptionGroup):
+            pending.extend(reversed(each.exceptions))
+        else:
+            found.append(each)
+    return found
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line, as `ValueError: no`; of a group what is in it, of a cause nothing."""
-    if isinstance(error, BaseExceptionGroup):
-        pending, leaves = [error], list[BaseException]()
-        while pending and len(leaves) < 5:  # a loop: groups may be nested deeper than Python's stack
-            for inner in pending.pop().exceptions:
-                (pending if isinstance(inner, BaseExceptionGroup) else leaves).append(inner)
-        return "; ".join(describe(leaf) for leaf in leaves)
-    try:
-        text = "".join(traceback.format_exception_only(error)).strip()
-    except BaseException:  # its own __str__ may raise anything
-        text = f"{type(error).__name__}, which cannot be shown"
-    return text[:2000].encode(errors="backslashreplace").decode()
+    """An error in one line, as `ValueError: no`; or those in a group."""
+    texts = []
+    for each in leaves(error):
+        try:
+            texts.append("".join(traceback.format_exception_only(each)).strip())
+        except BaseException:  # its own __str__ may raise anything
+            texts.append(f"{type(each).__name__}, which cannot be shown")
+    return "; ".join(texts)[:2000].encode(errors="backslashreplace").decode()
 
 
 def trace(error: BaseException) -> str:
     """Where an error was raised: the handler's own frames, at most 8 kB, from both ends if there is more."""
     frames = error.__traceback__
-    while frames and frames.tb_frame.f_code.co_filename in (
-        __file__,
-        trio.to_thread.run_sync.__code__.co_filename,
-    ):
-        frames = frames.tb_next  # what is ours tells nobody anything
+    while frames and frames.tb_next and frames.tb_frame.f_code.co_qualname.startswith(OUR_FRAMES):
+        frames = frames.tb_next
     try:
         text = "".join(traceback.format_exception(type(error), error, frames))
     except BaseException:  # a group may be nested deeper than Python's stack, and an error may not be shown
         return ""
-    text = (
-        text
-        if len(text) <= TRACEBACK_MOST
-        else f"{text[: TRACEBACK_MOST // 2]}\n…\n{text[-TRACEBACK_MOST // 2 :]}"
-    )
+    half = TRACEBACK_MOST // 2
+    text = text if len(text) <= TRACEBACK_MOST else f"{text[:half]}\n…\n{text[-half:]}"
     return text.encode(errors="backslashreplace").decode()
 
 
-async def run_handler(claim: Claim, most_bytes: int) -> str:
-    """The result of a job's handler, as JSON. Raises whatever the handler does."""
-    handler = HANDLERS[claim.job_type]
-    result = to_json(await handler(handler.read(claim.payload)))
-    if (size := len(result.encode())) > most_bytes:
-        raise ValueError(f"the result has {size:,} bytes of JSON; MAX_BODY_BYTES is {most_bytes:,}")
-    return result
-
-
 class Failure(NamedTuple):
-    """What a handler raised, if it did."""
+    """How a handler ended without a result: what it raised, or nothing if it was cancelled."""
 
     error: str = ""
     traceback: str = ""
     is_final: bool = False
 
 
-def judge(pool: WorkerPool, attempt: Attempt, result: str | None, failure: Failure) -> Report | None:
-    """What to report of an attempt that ended with this result or failure, or was cancelled; and log it."""
-    claim, now, level = attempt.claim, trio.current_time(), logging.WARNING
-    report: Report | None = None
+async def run_handler(attempt: Attempt, most_bytes: int) -> str | Failure:
+    """The result of a job's handler, as JSON; or its failure."""
+    handler = HANDLERS[attempt.claim.job_type]
+    try:
+        with attempt.scope:  # inside the `try`: Trio raises here when a handler left a scope of its own open
+            result = to_json(await handler(handler.read(attempt.claim.payload)))
+            if (size := len(result.encode())) > most_bytes:
+                raise ValueError(f"the result has {size:,} bytes of JSON; MAX_BODY_BYTES is {most_bytes:,}")
+            return result
+    except BaseException as raised:  # here, and nowhere else: a handler may raise anything
+        if trio.current_effective_deadline() == -math.inf:  # not the handler: all tasks are being cancelled
+            raise
+        is_final = any(isinstance(each, Unrecoverable) for each in leaves(raised))
+        return Failure(describe(raised), trace(raised), is_final)
+    return Failure()
+
+
+def judge(pool: WorkerPool, attempt: Attempt, result: str | Failure) -> tuple[Report | None, str, str]:
+    """What to report of an attempt, nothing if its lease was lost; how it ended, and why, for the log."""
+    claim, is_cut_off = attempt.claim, attempt.scope.cancel_called
     if attempt.lost:
-        end, why = "cancelled", ": on request, or its lease was lost"
-    elif result is not None:  # also when it comes late
-        report, level = Report(claim, "complete", result), logging.INFO
-        end, why = "completed", ""
-    elif attempt.cancelled:
-        report = Report(claim, "fail", "cancelled")
-        end, why = "cancelled", ": on request"
-    elif attempt.scope.cancel_called and now >= pool.deadline:
-        report = Report(claim, "release")
-        end, why = "released", " by the shutdown"
-    else:
-        error = failure.error
-        if attempt.scope.cancel_called:
-            error = f"timed out after {claim.timeout:g} s" + (f"; {error}" if error else "")
-        if claim.attempts > claim.max_retries or failure.is_final:
-            report = Report(claim, "fail", error, failure.traceback)
-            end, why = "failed for good", f": {error}"
-        else:
-            delay = backoff(claim.attempts, pool.settings.retry_delay_seconds)
-            report = Report(claim, "retry", error, failure.traceback, delay)
-            end, why = "failed", f", again in {delay:.1f} s: {error}"
-    took = now - attempt.begun
-    log.log(level, "%s, attempt %d, %s after %.3f s%s", claim.job_type, claim.attempts, end, took, why)
-    if failure.traceback:
-        log.debug("the traceback:\n%s", failure.traceback)
-    return report
+        return None, "cancelled", ": on request, or its lease was lost"
+    if isinstance(result, str):  # also when it comes late
+        return Report(claim, "complete", result), "completed", ""
+    if attempt.cancelled:
+        return Report(claim, "fail", "cancelled"), "cancelled", ": on request"
+    if is_cut_off and trio.current_time() >= pool.grace.deadline:
+        return Report(claim, "release"), "released", " by the shutdown"
+    error = result.error
+    if is_cut_off:
+        error = f"timed out after {claim.timeout:g} s" + (f"; {error}" if error else "")
+    if result.is_final or claim.attempts > claim.max_retries:
+        return Report(claim, "fail", error, result.traceback), "failed for good", f": {error}"
+    delay = backoff(claim.attempts, pool.settings.retry_delay_seconds)
+    report = Report(claim, "retry", error, result.traceback, delay)
+    return report, "failed", f", again in {delay:.1f} s: {error}"
 
 
 async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
     """Run a job once, and say what to report of it; nothing if its lease was lost meanwhile."""
-    if claim.job_type not in HANDLERS:  # as while a new version is being deployed
-        if claim.job_type not in pool.unknown_types:
-            pool.unknown_types.add(claim.job_type)
-            log.warning(
-                "%s: this instance has no handler for it; such jobs are left to others", claim.job_type
-            )
-        return Report(claim, "defer", delay=UNKNOWN_TYPE_SECONDS)
-    begun = trio.current_time()
-    scope = trio.CancelScope(deadline=min(begun + claim.timeout, pool.deadline))
+    begun, name, number = trio.current_time(), claim.job_type, claim.attempts
+    scope = trio.CancelScope(deadline=min(begun + claim.timeout, pool.grace.deadline))
     attempt = pool.attempts[claim.token] = Attempt(claim, scope, begun)
-    result, failure = None, Failure()
     in_context = _attempt.set(attempt)
-    log.info("%s, attempt %d of %d", claim.job_type, claim.attempts, claim.max_retries + 1)
+    log.info("%s, attempt %d of %d", name, number, claim.max_retries + 1)
     try:
-        with scope:  # inside the `try`: Trio raises here when a handler left a scope of its own open
-            result = await run_handler(claim, pool.settings.max_body_bytes)
-    except BaseException as raised:  # here, and nowhere else: a handler may raise anything
-        if trio.current_effective_deadline() == -math.inf:  # not the handler: all tasks are being cancelled
-            raise
-        result, failure = None, Failure(describe(raised), trace(raised), isinstance(raised, Unrecoverable))
+        result = await run_handler(attempt, pool.settings.max_body_bytes)
     finally:
         del pool.attempts[claim.token]
-        pool.recent_types.add(claim.job_type)
-    report = judge(pool, attempt, result, failure)
+        pool.recent_types.add(name)
+    report, end, why = judge(pool, attempt, result)
+    level, took = logging.INFO if end == "completed" else logging.WARNING, trio.current_time() - begun
+    log.log(level, "%s, attempt %d, %s after %.3f s%s", name, number, end, took, why)
+    if isinstance(result, Failure) and result.traceback:
+        log.debug("the traceback:\n%s", result.traceback)
     _attempt.reset(in_context)
     return report
+
+
+def defer(pool: WorkerPool, claim: Claim) -> Report:
+    """Leave a job of an unknown type to other instances, as while a new version is being deployed."""
+    if claim.job_type not in pool.unknown_types:
+        pool.unknown_types.add(claim.job_type)
+        log.warning("%s: this instance has no handler for it; such jobs are left to others", claim.job_type)
+    return Report(claim, "defer", delay=UNKNOWN_TYPE_SECONDS)
 
 
 async def work(pool: WorkerPool) -> None:
     """A worker: claim, run and report, until the pool is stopping.
 
-    A handler can leave something behind in the task that runs it, such as a context variable or an open nursery.
-    Then that task ends before it meets the next job, and a fresh one goes on. (A task for each attempt would
-    halve the speed.)
+    A handler can leave something behind in its task, such as a context variable or an open nursery. Then that
+    task ends before it meets the next job, and a fresh one goes on. (One for each attempt halves the speed.)
     """
     worker, report, stopped, is_spoilt = f"{pool.instance}:{next(pool.numbers)}", None, False, False
 
@@ -1585,12 +1578,14 @@ async def work(pool: WorkerPool) -> None:
         nonlocal report, stopped, is_spoilt
         task, clean = trio.lowlevel.current_task(), copy_context()
         while claim := await pool.next(worker, report):
-            report = await run_attempt(pool, claim)
+            is_known = claim.job_type in HANDLERS
+            report = await run_attempt(pool, claim) if is_known else defer(pool, claim)
             is_spoilt = bool(task.child_nurseries)
             if is_spoilt or copy_context() != clean:
                 return
         stopped = True
 
+    await pool.wait_until_open()
     while not stopped:
         try:
             async with trio.open_nursery() as nursery:
@@ -1600,15 +1595,27 @@ async def work(pool: WorkerPool) -> None:
                 raise
 
 
+async def renew_leases(pool: WorkerPool) -> int:
+    """Renew all leases, and cancel what lost its own or is to be cancelled; Redis's time, in milliseconds."""
+    told = {attempt: attempt.progress for attempt in pool.attempts.values() if not attempt.lost}
+    held = [(attempt.claim, progress) for attempt, progress in told.items()]
+    now, lost, cancelled = await pool.store.renew(held, pool.settings.lease_seconds)
+    for attempt, progress in told.items():  # some of which may have ended meanwhile: that harms nothing
+        if attempt.progress == progress:  # otherwise there is more to tell
+            attempt.progress = ""
+        attempt.lost = attempt.claim.token in lost
+        attempt.cancelled = attempt.claim.token in cancelled
+        if attempt.lost or attempt.cancelled:
+            attempt.scope.cancel()
+    return now
+
+
 async def heartbeat(pool: WorkerPool) -> None:
-    """Twice a second, renew the leases of what runs here, and cancel what lost its lease or is to be cancelled."""
-    lease_seconds = pool.settings.lease_seconds
-    calm_at = math.inf  # from when on this process may end the leases of others
+    """Renew the leases twice a second; and allow the sweep to end those of others, while all is calm."""
+    calm_at = math.inf
     while True:
-        held = [attempt for attempt in pool.attempts.values() if not attempt.lost]
-        told = [(attempt.claim, attempt.progress) for attempt in held]
         try:
-            now, lost, cancelled = await pool.store.renew(told, lease_seconds)
+            now = await renew_leases(pool)
         except redis.RedisError as error:
             pool.refused(error)
             calm_at = math.inf  # others were cut off too, and must have time to renew theirs
@@ -1616,24 +1623,17 @@ async def heartbeat(pool: WorkerPool) -> None:
             calm_at = min(calm_at, trio.current_time() + CALM_SECONDS)
             if trio.current_time() >= calm_at:
                 pool.end_leases_by = now + _milliseconds(2 * TICK_SECONDS)
-            for attempt, (_, progress) in zip(held, told, strict=True):
-                if attempt.progress == progress:  # otherwise there is more to tell
-                    attempt.progress = ""
-            for token in [*lost, *cancelled]:
-                if found := pool.attempts.get(token):  # otherwise it ended meanwhile
-                    found.lost, found.cancelled = token in lost, token in cancelled
-                    found.scope.cancel()
-        await trio.sleep(min(TICK_SECONDS, lease_seconds / 4))
+        await trio.sleep(min(TICK_SECONDS, pool.settings.lease_seconds / 4))
 
 
 async def sweep(pool: WorkerPool) -> None:
-    """Twice a second, or as soon as a job is due, sweep; and look for awaited jobs that other instances finished."""
-    was_away = False
+    """Sweep, twice a second or when a job is due; and look for awaited jobs that other instances finished."""
+    was_away, settings = False, pool.settings
+    await pool.wait_until_open()
     while True:
-        wait, settings = TICK_SECONDS, pool.settings
+        wait = TICK_SECONDS
         try:
-            limits = settings.retention_seconds, settings.keep_jobs
-            found = await pool.store.sweep(*limits, pool.end_leases_by)
+            found = await pool.store.sweep(settings.retention_seconds, settings.keep_jobs, pool.end_leases_by)
             finished = await pool.store.finished(list(pool.waiters)) if pool.waiters else []
         except redis.RedisError as error:
             pool.refused(error)
@@ -1642,15 +1642,14 @@ async def sweep(pool: WorkerPool) -> None:
             for job in found.ended:
                 log.warning("job %s: its worker is gone: %s, attempt %s; now it is %s", *job)
             pool.answer_waiters(finished)
-            pool.notifier.notify(
-                math.inf if was_away else found.ready
-            )  # workers whose claim failed wait for this
+            # Workers whose claim failed wait for this.
+            pool.notifier.notify(math.inf if was_away else found.ready)
             was_away, wait = False, min(TICK_SECONDS, max(SWEEP_PAUSE_SECONDS, found.wait))
         await trio.sleep(wait)
 
 
 async def watch_handlers(pool: WorkerPool) -> None:
-    """Name the handlers that do not end although they are cancelled, and those that may have blocked the event loop."""
+    """Name handlers that do not end although they are cancelled, and those that may have blocked the loop."""
     while True:
         wake_at = trio.current_time() + TICK_SECONDS
         await trio.sleep_until(wake_at)
@@ -1671,15 +1670,13 @@ async def leave_behind(pool: WorkerPool) -> None:
 
     Their workers never end, so neither does `serve`: `end_process` does that.
     """
-    await pool.stopping.wait()
-    while trio.current_time() < pool.deadline + EXIT_SECONDS / 4:  # a second signal changes the deadline
-        await trio.sleep(EXIT_SECONDS / 16)
-    for attempt in list(pool.attempts.values()):
-        log.warning(
-            "job %s: %s is left behind, and the job released", attempt.claim.id, attempt.claim.job_type
-        )
+    with pool.grace:
+        await trio.sleep_forever()  # a second signal moves the deadline
+    await trio.sleep(EXIT_SECONDS / 4)  # for what does end
+    for claim in [attempt.claim for attempt in pool.attempts.values()]:
+        log.warning("job %s: %s is left behind, and the job released", claim.id, claim.job_type)
         with suppress(redis.RedisError):
-            await pool.store.report_and_claim(Report(attempt.claim, "release"), "", 0)
+            await pool.store.report_and_claim(Report(claim, "release"), "", 0)
 
 
 async def listen(connection: RedisConnection, pool: WorkerPool) -> None:
@@ -1705,13 +1702,13 @@ async def listen(connection: RedisConnection, pool: WorkerPool) -> None:
 async def open_pool(pool: WorkerPool) -> None:
     """Let the pool work, if the keys in Redis are this program's; otherwise end the process."""
     layout = await pool.store.layout()
-    if layout == LAYOUT:
-        pool.is_open = True
-        pool.notifier.notify()
-    else:
+    if layout != LAYOUT:
         log.critical("Redis has jobs of another version: layout %s, and this program's is %s", layout, LAYOUT)
         pool.crashed = True
         end_process(pool, 0)
+        await trio.sleep_forever()  # nobody may go on and write to keys that are not ours
+    pool.is_open = True
+    pool.notifier.notify()
 
 
 async def inspect_redis(pool: WorkerPool) -> None:
@@ -1721,11 +1718,13 @@ async def inspect_redis(pool: WorkerPool) -> None:
             with suppress(redis.ConnectionError, redis.TimeoutError):
                 await open_pool(pool)
             await trio.sleep(AGAIN_SECONDS)
-        missing = await pool.store.missing_rights() if pool.settings.redis_url else []
-        policy = await pool.store.eviction_policy() if pool.settings.redis_url else ""
+        if not pool.settings.redis_url:
+            return
+        missing, policy = await pool.store.missing_rights(), await pool.store.eviction_policy()
     except redis.RedisError as error:
         log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
         pool.is_open = True
+        pool.notifier.notify()
         return
     if missing:
         log.error("the Redis user may not run %s; the rights that are needed: %s", ", ".join(missing), RIGHTS)
