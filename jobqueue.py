@@ -1,32 +1,31 @@
 """A job queue service in one module: a REST API, Trio workers, and Redis to keep the jobs.
 
-The promise
-    A job whose POST was answered with 202 is run to its end, whatever dies in between. It is run at
-    least once, and at every instant it is in exactly one of five places:
+A job whose POST was answered with 202 is run at least once, until it is completed or failed, whatever dies
+in between. At every instant it is in exactly one of five places:
 
-        POST /job ──► queue ───claim───► processing ──complete──► completed
-                      ▲   ▲                │  │  │
-                  due │   └─release, sweep─┘  │  └──fail, sweep─► failed
-                    delayed ◄─────retry───────┘
+    POST /job ──► queue ───claim───► processing ──complete──► completed
+                  ▲   ▲                │  │  │
+              due │   └─release, sweep─┘  │  └──fail, sweep─► failed
+                delayed ◄──retry, defer───┘
 
-    A shutdown releases what it cannot finish. The sweep takes back what was left by a worker that died,
-    once its lease ended. A POST with a delay leads to `delayed`; a cancel fails what waits or runs.
+A shutdown releases what it cannot finish. The sweep takes back the jobs of a dead worker, once their leases
+have ended. A POST with a delay leads to `delayed`, and a DELETE fails what waits or runs.
 
-The keys, all behind the prefix `{jobqueue}:` (the braces keep them in one slot of a Redis Cluster)
-    job:<id>           hash         the job itself: FIELDS, and the token of its last claim
-    queue              list         ids ready to run: LPUSH in, RPOP out, so first in, first out
-    delayed            sorted set   ids that wait, by the time they are due (in milliseconds, like all times)
-    processing         sorted set   ids being run, by the time their lease ends
-    completed, failed  sorted sets  finished ids, by the time they finished
-    history            sorted set   every id, by a number above all others in it: the order of submission
-    idempotency:<hash> string       what was answered to a submission with that key, for 24 hours
-    wake               channel      a message whenever the queue stops being empty
+The keys stand behind the prefix `{jobqueue}:`, whose braces keep them in one slot of a Redis Cluster:
+    job:<id>            hash         the job itself: FIELDS, and the fencing token of its last claim
+    queue               list         ids ready to run: LPUSH in, RPOP out, so first in, first out
+    delayed             sorted set   ids that wait, by the time they are due (in milliseconds, like all times)
+    processing          sorted set   ids being run, by the time their lease ends
+    completed, failed   sorted sets  finished ids, by the time they finished
+    history             sorted set   every id, by a number above all others in it: the order of submission
+    idempotency:<hash>  string       what was answered to a submission with that key, for 24 hours
+    claim:<worker>      string       what a worker claimed last: the number of the claim, and the id, for 60 s
+    layout              string       the version of these keys
+    wake                channel      a message whenever the queue stops being empty
 
-To read it
-    From top to bottom; each part uses only parts above it. Settings and Jobs are the words of the
-    language, Handlers the work itself. AutoPipeline is where Trio meets Redis. Store has one small Lua
-    script for each transition. Workers claim, run and report. HTTP is the three endpoints; and `serve`,
-    at the end, is the tree of nurseries that starts it all and stops it in the right order.
+Read from top to bottom, since each part builds on those above it: Settings, Jobs and Handlers (the words, and
+the work itself), Redis (where Trio meets it), Store (a small Lua script for each transition), Workers (claim,
+run, report), HTTP (three endpoints), and the service, which starts it all and stops it in the right order.
 """
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, time
 from email.message import EmailMessage
 from enum import StrEnum
 from functools import partial
@@ -95,38 +94,48 @@ log = logging.getLogger("jobqueue")
 
 # ── Settings ────────────────────────────────────────────────────────────────────────────────────
 
+REDIS_URL = "redis[s]://[user:password@]host[:port][/db], redis[s]+sentinel://[…]host[:port],…/name[/db] or unix:///path"
+SMTP_URL = "smtp[s]://[user:password@]host[:port]"
+SMTP_PATTERN = r"|smtps?://([^/@?#\s]*@)?(\[[0-9a-f:.]+\]|[^/@?#\s:]+)(:0*[1-9][0-9]*)?"
+# What a text must match, what must take it without an error, and how that is said, without any password.
+TEXTS: dict[str, tuple[str, Callable[[str], object], str]] = {
+    "log_level": ("(?ai)debug|info|warning|error", str, "debug, info, warning or error, not {!r}"),
+    "api_token": ("[!-~]*", str, "visible ASCII characters, without spaces"),
+    "smtp_url": (SMTP_PATTERN, lambda url: urlsplit(url).port, f"{SMTP_URL}, percent-encoded"),
+    "smtp_from": (r"[^@\x00-\x1f]+@[^@\x00-\x1f]+", str, "an address such as jobs@example.com, not {!r}"),
+    "redis_url": ("(?s:.*)", lambda url: url and RedisAddress(url), f"{REDIS_URL}, percent-encoded"),
+}
+
 
 def _setting(default: Any, meaning: str, low: float = 0, high: float = math.inf) -> Any:
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
 
 
-SMTP_URL = r"smtps?://([^/@?#\s]*@)?(\[[0-9a-f:.]+\]|[^/@?#\s:]+)(:[0-9]+)?"
-REDIS_URL = "redis[s]://[user:password@]host[:port][/db], redis[s]+sentinel://[…]host[:port],…/name[/db] or unix:///path"
+def _convert(name: str, text: str) -> Any:
+    kind = type(getattr(Settings, name))
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name.upper()} must be {wanted}, not {text!r}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Every setting is an environment variable, `PORT`, and a flag that beats it, `--port`.
+    """From environment variables, `PORT`, and flags that beat them, `--port`. A bad one raises ValueError."""
 
-    Raises ValueError, naming the setting, when a value is out of range.
-    """
-
-    redis_url: str = _setting("", "where jobs are kept: redis://, rediss:// or unix://; unset: in memory")
+    redis_url: str = _setting("", "where jobs are kept: redis[s]://, redis[s]+sentinel:// or unix://; unset: in memory")
     host: str = _setting("127.0.0.1", "the address to listen on")
     port: int = _setting(8080, "the port to listen on; 0: any free one", 0, 65_535)
     workers: int = _setting(10, "jobs run at the same time; 0: only serve the API", 0, 10_000)
-    max_retries: int = _setting(3, "runs after a failed first one, for a job that does not say", 0, 100)
+    max_retries: int = _setting(3, "attempts after a failed first one, for a job that does not say", 0, 100)
     retry_delay_seconds: float = _setting(0.5, "wait before the first retry; doubles with each", 0, 3600)
-    job_timeout_seconds: float = _setting(300.0, "longest run, for a job that does not say", 0.001, 604_800)
+    job_timeout_seconds: float = _setting(300.0, "longest attempt, for a job that does not say", 0.001, 604_800)
     lease_seconds: float = _setting(15.0, "a worker silent for so long has lost its job", 0.5, 3600)
     shutdown_grace_seconds: float = _setting(20.0, "what running jobs get to finish at shutdown", 0, 86_400)
     retention_seconds: float = _setting(604_800.0, "how long finished jobs are kept; 0: for ever", 0, 1e10)
-    keep_jobs: int = _setting(
-        1_000_000, "finished jobs kept at most, the oldest go first; 0: no limit", 0, 1 << 40
-    )
-    max_body_bytes: int = _setting(
-        1_048_576, "the largest request body, and the largest result", 1024, 1 << 30
-    )
+    keep_jobs: int = _setting(10**6, "finished jobs kept at most, the oldest go first; 0: no limit", 0, 2**40)
+    max_body_bytes: int = _setting(2**20, "the largest request body, and the largest result", 1024, 2**30)
     api_token: str = _setting("", "what clients must send as Authorization: Bearer; unset: nothing")
     smtp_url: str = _setting("", "smtp://user:password@host:port or smtps://; unset: e-mail is simulated")
     smtp_from: str = _setting("jobqueue@localhost", "the sender of e-mail")
@@ -137,32 +146,19 @@ class Settings:
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if not isinstance(value, str) and not low <= value <= high:
                 raise ValueError(f"{f.name.upper()} must be from {low:,} to {high:,}, not {value}")
-        if self.log_level.lower() not in ("debug", "info", "warning", "error"):
-            raise ValueError(f"LOG_LEVEL must be debug, info, warning or error, not {self.log_level!r}")
-        if not re.fullmatch("[!-~]*", self.api_token):
-            raise ValueError("API_TOKEN must be visible ASCII characters, without spaces")
-        try:
-            is_url = re.fullmatch(SMTP_URL, self.smtp_url) and urlsplit(self.smtp_url).port != 0
-        except ValueError:
-            is_url = False
-        if self.smtp_url and not is_url:
-            raise ValueError("SMTP_URL must be smtp[s]://[user:password@]host[:port], percent-encoded")
-        if not re.fullmatch(r"[^@\x00-\x1f]+@[^@\x00-\x1f]+", self.smtp_from):
-            raise ValueError(f"SMTP_FROM must be an address such as jobs@example.com, not {self.smtp_from!r}")
-        if self.redis_url:
-            try:
-                RedisAddress(self.redis_url)
-            except (ValueError, TypeError, redis.RedisError):  # whose texts may show the password
-                raise ValueError(f"REDIS_URL must be {REDIS_URL}, percent-encoded") from None
+        for name, (pattern, parse, wanted) in TEXTS.items():
+            text = getattr(self, name)
+            with suppress(ValueError, TypeError, redis.RedisError):  # whose own texts may show a password
+                if re.fullmatch(pattern, text):
+                    parse(text)
+                    continue
+            raise ValueError(f"{name.upper()} must be {wanted.format(text)}")
 
     @classmethod
     def read(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         """The settings that flags and variables ask for; a bad one ends the program with status 2."""
-        parser = argparse.ArgumentParser(
-            prog=PROGRAM,
-            usage="%(prog)s [--help] [--SETTING VALUE ...]",
-            description="A job queue service. Each setting is a flag, or the environment variable beside it.",
-        )
+        about = "A job queue service. Each setting is a flag, or the environment variable beside it."
+        parser = argparse.ArgumentParser(PROGRAM, "%(prog)s [--help] [--SETTING VALUE ...]", about)
         parser.add_argument("--version", action="version", version=__version__)
         for f in fields(cls):
             default = f"{f.default:.12g}" if isinstance(f.default, float) else f.default or "unset"
@@ -171,18 +167,9 @@ class Settings:
             parser.add_argument(flag, metavar="VALUE", default=variable, help=text)
         texts = {name: text for name, text in vars(parser.parse_args(argv)).items() if text}
         try:
-            kinds = {f.name: type(f.default) for f in fields(cls)}
-            return cls(**{name: _convert(name.upper(), kinds[name], text) for name, text in texts.items()})
+            return cls(**{name: _convert(name, text) for name, text in texts.items()})
         except ValueError as error:
             parser.exit(2, f"{PROGRAM}: {error}\n")
-
-
-def _convert(name: str, kind: type, text: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        wanted = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name} must be {wanted}, not {text!r}") from None
 
 
 # ── Jobs ────────────────────────────────────────────────────────────────────────────────────────
@@ -197,10 +184,15 @@ class Status(StrEnum):
     FAILED = "failed"
 
 
+BACKOFF_CAP_SECONDS = 300.0
 FINISHED = {Status.COMPLETED, Status.FAILED}
-MaxRetries = Annotated[int, Meta(ge=0, le=100)]
-Timeout = Annotated[float, Meta(ge=0.001, le=604_800)]
-Delay = Annotated[float, Meta(ge=0, le=366 * 86_400)]
+# What is stored of a job and shown of it, in this order. Most of it is JSON already.
+FIELDS = (
+    *("job_type", "payload", "status", "attempts", "max_retries", "timeout", "worker", "progress"),
+    *("result", "error", "traceback", "created_at", "due_at", "started_at", "finished_at"),
+)
+_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=msgspec.to_builtins).encode
+_check_json = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 class JobRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -208,9 +200,9 @@ class JobRequest(msgspec.Struct, forbid_unknown_fields=True):
 
     job_type: str
     payload: msgspec.Raw  # an object, which is stored as it is
-    max_retries: MaxRetries | UnsetType = UNSET
-    timeout: Timeout | UnsetType = UNSET  # seconds for one attempt
-    delay: Delay = 0  # seconds before the first attempt
+    max_retries: Annotated[int, Meta(ge=0, le=100)] | UnsetType = UNSET
+    timeout: Annotated[float, Meta(ge=0.001, le=604_800)] | UnsetType = UNSET  # seconds for one attempt
+    delay: Annotated[float, Meta(ge=0, le=366 * 86_400)] = 0  # seconds before the first attempt
 
 
 class NewJob(NamedTuple):
@@ -237,69 +229,39 @@ class Claim(NamedTuple):
     timeout: float  # seconds for one attempt
 
 
-_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=msgspec.to_builtins).encode
-_check_json = msgspec.json.Decoder(msgspec.Raw).decode
-
-
 def to_json(value: Any) -> str:
-    """The JSON of a result: of what JSON has, and of dates, enums, dataclasses, UUIDs, decimals and the like.
-
-    Raises ValueError for anything else, as a number that is not finite, or half a surrogate pair.
-    """
+    """The JSON of a result, also of dates, enums, dataclasses, UUIDs and the like; or ValueError."""
     try:
         text = _json(value)
-        text.encode()
+        text.encode()  # which refuses half of a surrogate pair
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the result is not JSON: {error}") from None
     return text
 
 
-def _shown_time(milliseconds: str) -> str:
-    moment = datetime.fromtimestamp(int(milliseconds) / 1000, UTC)
-    return f'"{moment.isoformat(timespec="milliseconds")[:-6]}Z"'
-
-
-def _shown_json(text: str) -> str:
-    _check_json(text)
-    return text
-
-
-# What is stored of a job and shown of it, in this order, and how each is written in JSON. Payload and
-# result are JSON already: they pass through untouched, however deep they are and whatever numbers they hold.
-FIELDS: dict[str, Callable[[str], str]] = {
-    "job_type": _json,
-    "payload": _shown_json,
-    "status": _json,
-    "attempts": _shown_json,
-    "max_retries": _shown_json,
-    "timeout": _shown_json,
-    "worker": _json,
-    "progress": _shown_json,
-    "result": _shown_json,
-    "error": _json,
-    "traceback": _json,
-    "created_at": _shown_time,
-    "due_at": _shown_time,
-    "started_at": _shown_time,
-    "finished_at": _shown_time,
-}
+def _show(name: str, value: str) -> str:
+    """The JSON of a stored value. One that somebody else has damaged is shown as the text that it is."""
+    try:
+        match name:
+            case "traceback" if not value:
+                return "null"
+            case "job_type" | "status" | "worker" | "error" | "traceback":
+                return _json(value)
+            case "created_at" | "due_at" | "started_at" | "finished_at":
+                moment = datetime.fromtimestamp(int(value) / 1000, UTC)
+                return f'"{moment.isoformat(timespec="milliseconds")[:-6]}Z"'
+            case _:  # JSON already: untouched, however deep it is and whatever numbers it holds
+                _check_json(value)
+                return value
+    except (ValueError, OverflowError, RecursionError):
+        return _json(value)
 
 
 def job_json(job_id: str, values: Iterable[str | None]) -> str:
-    """The JSON of a job, from its stored values in the order of FIELDS; what is not known yet is null.
-
-    A value that somebody else has damaged is shown as the text that it is.
-    """
-    shown = [f'"id": {_json(job_id)}']
-    for (name, write), value in zip(FIELDS.items(), values, strict=True):
-        try:
-            shown.append(f'"{name}": {"null" if value is None else write(value)}')
-        except (ValueError, OverflowError, RecursionError):
-            shown.append(f'"{name}": {_json(value)}')
-    return f"{{{', '.join(shown)}}}"
-
-
-BACKOFF_CAP_SECONDS = 300.0
+    """The JSON of a job, from its stored values in the order of FIELDS; what is not known yet is null."""
+    stored = zip(FIELDS, values, strict=True)
+    shown = [f'"{name}": {"null" if value is None else _show(name, value)}' for name, value in stored]
+    return f'{{"id": {_json(job_id)}, {", ".join(shown)}}}'
 
 
 def backoff(attempt: int, first: float, jitter: Callable[[], float] = random.random) -> float:
@@ -312,6 +274,13 @@ def backoff(attempt: int, first: float, jitter: Callable[[], float] = random.ran
 
 
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+HANDLERS: dict[str, Handler] = {}
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+PAGE_FORMATS = {datetime: "date-time", time: "partial-time"}  # msgspec says so only where a time zone is asked for
+SMTP_SECONDS = 20.0  # longest wait for an SMTP server
+_attempt: ContextVar[Attempt] = ContextVar("_attempt")  # of the handler that runs here, or in this thread
 
 
 class Unrecoverable(Exception):  # noqa: N818
@@ -340,11 +309,6 @@ class Attempt:
     progress: str = ""  # as JSON, until the next heartbeat takes it
 
 
-_attempt: ContextVar[Attempt] = ContextVar(
-    "_attempt"
-)  # of the handler that runs here, or in whose thread this is
-
-
 def job() -> Job:
     """The job that this handler runs. Raises LookupError outside of a handler."""
     claim = _attempt.get().claim
@@ -352,15 +316,12 @@ def job() -> Job:
 
 
 def progress(done: float, note: str = "") -> None:
-    """Tell how much of this job is done, from 0 to 1, and a word about it; shown half a second later.
-
-    From `async def` and from `def`. Outside of a running job, as in a test, it does nothing.
-    """
+    """Tell how much of this job is done, from 0 to 1, with a note. Outside of a job, do nothing."""
     if attempt := _attempt.get(None):
         attempt.progress = _json({"done": round(float(done), 4), "note": str(note)[:200]})
 
 
-def explain(error: Exception, root: str, names: Iterable[str], schema: Any = None) -> str:
+def explain(error: Exception, root: str, names: Iterable[str], choices: Mapping[str, str] = {}) -> str:
     """What is wrong with a JSON text, and where: `payload.ns[0]: expected int, got str`."""
     if isinstance(error, UnicodeDecodeError):
         return f"{root} is not UTF-8: {error.reason} at byte {error.start}"
@@ -374,49 +335,59 @@ def explain(error: Exception, root: str, names: Iterable[str], schema: Any = Non
         fields = "" if path else f"; they are: {', '.join(names) or 'none'}"
         return f"{root}{path}.{name[2][:80]} {verb}{fields}"
     if what.startswith("Invalid enum value") and (parameter := re.match(r"\.(\w+)", path)):
-        used = str(schema["properties"][parameter[1]])
-        used += str([each for name, each in schema["$defs"].items() if f"/{name}'" in used])
-        found = re.findall(r"'enum': \[(.*?)\]", used)
-        what += f"; it must be one of: {' or '.join(found)}"
+        what += f"; it must be one of: {choices[parameter[1]]}"
     return f"{root}{path}: {what[0].lower()}{what[1:]}"
 
 
-@dataclass(frozen=True)
 class Handler:
     """A function that runs one type of job, and its signature: the contract for the payload."""
 
-    function: Callable[..., Any]
-    doc: str
-    is_async: bool
-    read_struct: Callable[[str], Any]
-    schema: dict[str, Any]  # JSON Schema of the payload
+    def __init__(self, job_type: str, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.doc = (inspect.getdoc(function) or "").partition("\n")[0]
+        self.is_async = inspect.iscoroutinefunction(function)
+        self._choices: dict[str, str] = {}  # the values of all enums in a parameter
+        parameters = inspect.signature(function, eval_str=True).parameters
+        struct_fields: list[Any] = []
+        for name, each in parameters.items():
+            kind = Any if each.annotation is each.empty else each.annotation
+            if each.kind not in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
+                raise TypeError(f"the handler of {job_type!r} must have named parameters only")
+            try:
+                enums = re.findall(r"'enum': \[(.*?)\][,}]", str(msgspec.json.schema(kind)))
+            except Exception:  # as NameError, for what is declared elsewhere
+                raise TypeError(f"no JSON can fill {name!r} of the handler of {job_type!r}: {kind}") from None
+            self._choices[name] = " or ".join(enums)
+            default = msgspec.field(default_factory=partial(copy.deepcopy, each.default))
+            struct_fields.append((name, kind) if each.default is each.empty else (name, kind, default))
+        struct = msgspec.defstruct(job_type, struct_fields, kw_only=True, forbid_unknown_fields=True)
+        self._decode = msgspec.json.Decoder(struct).decode
+        self.schema = msgspec.json.schema(struct)  # JSON Schema of the payload, with the defaults
+        self.schema |= self.schema["$defs"].pop(self.schema.pop("$ref").rpartition("/")[2])
+        for name, each in parameters.items():
+            if each.annotation in PAGE_FORMATS:
+                self.schema["properties"][name]["format"] = PAGE_FORMATS[each.annotation]
+            with suppress(ValueError):  # there is no default, or it is not JSON
+                self.schema["properties"][name]["default"] = json.loads(to_json(each.default))
 
     def read(self, payload: str) -> dict[str, Any]:
-        """The arguments in a payload, of the types in the signature; or ValueError, which names what is wrong."""
+        """The arguments in a payload, of the types in the signature. ValueError names what is wrong."""
         try:
-            return msgspec.structs.asdict(self.read_struct(payload))
+            return msgspec.structs.asdict(self._decode(payload))
         except (ValueError, RecursionError) as error:
-            raise ValueError(explain(error, "payload", self.schema["properties"], self.schema)) from None
+            raise ValueError(explain(error, "payload", self._choices, self._choices)) from None
 
     async def __call__(self, arguments: Mapping[str, Any]) -> Any:
         """Run the function: in this task if it is `async def`, in a thread if it is `def`.
 
-        A thread cannot be interrupted: when this call is cancelled, it goes on until the thread ends, which may
-        ask whether it should: `trio.from_thread.check_cancelled()`.
+        A thread cannot be interrupted: a cancelled call goes on until the thread ends. The function may ask
+        whether it should end: `trio.from_thread.check_cancelled()`.
         """
         if self.is_async:
             return await self.function(**arguments)
         # Its own limiter, since there are as many threads as workers, and no others that could be waited for.
-        return await trio.to_thread.run_sync(
-            partial(self.function, **arguments), limiter=trio.CapacityLimiter(1)
-        )
-
-
-HANDLERS: dict[str, Handler] = {}
-SMTP_SECONDS = 20.0  # longest wait for an SMTP server
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-
-Function = TypeVar("Function", bound=Callable[..., Any])
+        limiter = trio.CapacityLimiter(1)
+        return await trio.to_thread.run_sync(partial(self.function, **arguments), limiter=limiter)
 
 
 def handler(job_type: str) -> Callable[[Function], Function]:
@@ -425,36 +396,12 @@ def handler(job_type: str) -> Callable[[Function], Function]:
         @handler("resize")
         def resize(path: str, width: int = 800) -> str: ...
 
-    A parameter may have any type that msgspec reads from JSON; without one it takes anything. What the function
-    returns is the job's result; a raise is a failed attempt. Raises TypeError for a signature that cannot be filled.
+    A parameter may have any type that msgspec reads from JSON; without one it takes anything. What the
+    function returns is the job's result; a raise is a failed attempt. Raises TypeError for a bad signature.
     """
 
     def register(function: Function) -> Function:
-        parameters = inspect.signature(function, eval_str=True).parameters
-        fields: list[Any] = []
-        for name, each in parameters.items():
-            kind = Any if each.annotation is each.empty else each.annotation
-            if each.kind not in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
-                raise TypeError(f"the handler of {job_type!r} must have named parameters only")
-            try:
-                msgspec.json.schema(kind)
-            except Exception:  # as NameError, for what is declared elsewhere
-                raise TypeError(f"no JSON can fill {name!r} of the handler of {job_type!r}: {kind}") from None
-            default = msgspec.field(default_factory=partial(copy.deepcopy, each.default))
-            fields.append((name, kind) if each.default is each.empty else (name, kind, default))
-        struct = msgspec.defstruct(job_type, fields, kw_only=True, forbid_unknown_fields=True)
-        schema = msgspec.json.schema(struct)
-        schema |= schema["$defs"].pop(schema.pop("$ref").rpartition("/")[2])
-        for name, each in parameters.items():
-            with suppress(ValueError):
-                schema["properties"][name]["default"] = json.loads(to_json(each.default))
-        HANDLERS[job_type] = Handler(
-            function,
-            doc=(inspect.getdoc(function) or "").partition("\n")[0],
-            is_async=inspect.iscoroutinefunction(function),
-            read_struct=msgspec.json.Decoder(struct).decode,
-            schema=schema,
-        )
+        HANDLERS[job_type] = Handler(job_type, function)
         return function
 
     return register
@@ -469,8 +416,11 @@ async def email(to: str, subject: str, body: str) -> None:
 
 def send_email_through(url: str, sender: str) -> None:
     """Make the handler of `email` a real one, which sends through the SMTP server at `url`."""
-    server_url = urlsplit(url)
+    parts = urlsplit(url)
+    host, port = parts.hostname or "", parts.port or 0  # 0: the usual one
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
     tls = ssl.create_default_context()
+    connect: Any = partial(smtplib.SMTP_SSL, context=tls) if parts.scheme == "smtps" else smtplib.SMTP
 
     @handler("email")
     def email(to: str, subject: str, body: str) -> None:
@@ -480,19 +430,14 @@ def send_email_through(url: str, sender: str) -> None:
         if any(re.search(r"[\r\n]", str(value)) for value in message.values()):  # in an encoded word
             raise ValueError("a header may not contain linefeed or carriage return characters")
         message.set_content(body)
-        host, port = server_url.hostname or "", server_url.port or 0  # 0: the usual one
-        with (
-            smtplib.SMTP_SSL(host, port, timeout=SMTP_SECONDS, context=tls)
-            if server_url.scheme == "smtps"
-            else smtplib.SMTP(host, port, timeout=SMTP_SECONDS)
-        ) as server:
+        with connect(host, port, timeout=SMTP_SECONDS) as server:
             server.ehlo()
             if server.has_extn("starttls"):
                 server.starttls(context=tls)
-            elif server_url.username and server_url.scheme == "smtp" and host not in LOOPBACK:
+            elif user and parts.scheme == "smtp" and host not in LOOPBACK:
                 raise smtplib.SMTPNotSupportedError("the password would go over an unencrypted connection")
-            if server_url.username:
-                server.login(unquote(server_url.username), unquote(server_url.password or ""))
+            if user:
+                server.login(user, password)
             try:
                 refused = server.send_message(message)
             except smtplib.SMTPRecipientsRefused as error:
@@ -515,6 +460,7 @@ async def long(seconds: float = 2) -> None:
     for second in range(math.ceil(seconds)):
         progress(second / seconds, f"{second} of {seconds:g} s")
         await trio.sleep(min(1.0, seconds - second))
+    progress(1, f"{seconds:g} of {seconds:g} s")
 
 
 # ── Redis ───────────────────────────────────────────────────────────────────────────────────────
