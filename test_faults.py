@@ -8,21 +8,26 @@ Leases are short by setting. Nothing here sleeps to wait: it looks until it sees
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.client
 import itertools
 import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
+import sys
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +49,7 @@ from hypothesis.stateful import (
 
 import jobqueue
 from conftest import (
+    MODULE,
     PATIENCE_SECONDS,
     PREFIX,
     Bench,
@@ -1785,6 +1791,61 @@ def test_a_primary_that_lacks_replicas_is_503_with_the_reason_until_it_has_them(
 
 # ── The connection level ────────────────────────────────────────────────────────────────────────
 
+LOWERED = """
+import os
+import trio
+import jobqueue
+
+if "SILENT_CLIENT_SECONDS" in os.environ:
+    jobqueue.SILENT_CLIENT_SECONDS = float(os.environ["SILENT_CLIENT_SECONDS"])
+if "DESCRIPTORS" in os.environ:
+    import resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(os.environ["DESCRIPTORS"]),) * 2)
+
+@jobqueue.handler("tasks")
+async def tasks() -> int:
+    "How many tasks there are."
+    found = [trio.lowlevel.current_root_task()]
+    for task in found:
+        found += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+    return len(found)
+
+jobqueue.main()
+"""
+RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000")  # and empty SETTINGS
+CLOSE = b"Connection: close\r\n\r\n"
+MATH = b'{"job_type": "math", "payload": {"a": 1, "b": 2}}'
+on_linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks into /proc")
+
+
+@pytest.fixture
+def lowered(start: Start, tmp_path: Path) -> Start:
+    """Starts the program with limits that can be reached, and a handler that counts its tasks."""
+    module = tmp_path / "lowered.py"
+    module.write_text(LOWERED)
+
+    def launch(*flags: str, **settings: str) -> Program:
+        flags = "--shutdown-grace-seconds", str(GRACE), *flags
+        return start(*flags, module=module, PYTHONPATH=str(MODULE.parent), **settings)
+
+    return launch
+
+
+@pytest.fixture
+def memory(start: Start) -> Iterator[Program]:
+    """The program in memory; whatever was done to it, it must still answer, and have logged records alone."""
+    program = start()
+    yield program
+    assert program.call("GET", "/jobs?limit=1")[0] == 200
+    assert program.stop() == 0
+    logged_records_alone(program)
+
+
+def logged_records_alone(program: Program) -> None:
+    assert not [line for line in program.lines if not RECORD.match(line)], program.log
+    assert not re.search(r"[^\n -~…]", program.log), ascii(program.log)
+
 
 def read_all(connection: socket.socket) -> bytes:
     connection.settimeout(30)
@@ -1795,13 +1856,56 @@ def read_all(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-@pytest.fixture
-def memory(start: Start) -> Iterator[Program]:
-    """The program in memory; whatever was done to it, it must still answer, and have logged no traceback."""
-    program = start()
-    yield program
-    assert program.call("GET", "/jobs?limit=1")[0] == 200
-    assert program.stop() == 0
+class Answer(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def error(self) -> str:
+        """What is wrong, as the JSON of the answer says."""
+        assert self.headers["Content-Type"] == "application/json"
+        answer = json.loads(self.body)
+        assert list(answer) == ["error"]
+        return str(answer["error"])
+
+
+def read_answer(connection: socket.socket) -> Answer:
+    """The next answer that comes on a connection, which may stay open."""
+    connection.settimeout(30)
+    with http.client.HTTPResponse(connection) as response:
+        response.begin()
+        return Answer(response.status, response.headers, response.read())
+
+
+def ask(program: Program, method: str, target: str, body: bytes | None = None, **headers: str) -> Answer:
+    """As `Program.call`, for whatever is answered."""
+    connection = http.client.HTTPConnection("127.0.0.1", program.port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request(method, target, body, headers)
+        response = connection.getresponse()
+        return Answer(response.status, response.headers, response.read())
+
+
+def descriptors(program: Program) -> int:
+    return len(os.listdir(f"/proc/{program.process.pid}/fd"))
+
+
+def megabytes(program: Program, field: str = "VmRSS") -> float:
+    """The memory that the process uses, or, as VmHWM, that it ever used."""
+    lines = Path(f"/proc/{program.process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(field + ":"))
+
+
+def count_tasks(program: Program) -> int:
+    return int(program.ended(program.submit("tasks"))["result"])
+
+
+def fill(program: Program, count: int) -> None:
+    """Submit so many jobs of about 1 kB each, due in an hour."""
+    job = {"job_type": "email", "payload": {"to": "a@b.example", "subject": "", "body": "x" * 900}}
+    for _ in range(count // 500):
+        assert post(program.port, [job | {"delay": 3600}] * 500)[0] == 202
 
 
 def test_headers_that_never_end_are_cut_off(memory: Program) -> None:
@@ -1834,10 +1938,128 @@ def test_pipelined_requests_are_answered_in_order(memory: Program) -> None:
     assert [answer.index(job_id) for job_id in ids] == sorted(answer.index(job_id) for job_id in ids)
 
 
+@on_linux
+def test_clients_that_pipeline_requests_and_close_leave_no_descriptor(lowered: Start) -> None:
+    program = lowered()
+    program.call("GET", "/jobs?limit=1")
+    before = descriptors(program)
+    for count in range(200):
+        with sent(program, (GET + b"\r\n") * (2 + count % 9)):
+            pass
+    assert program.ended(program.submit("math", a=1, b=2))["result"] == 3
+    eventually(lambda: descriptors(program) <= before, "the descriptors are given back")
+    stops(program, GRACE + 1)
+
+
+def test_the_beginning_of_http2_is_refused(memory: Program) -> None:
+    for data in (PREFACE, PREFACE[:18], PREFACE[:24], PREFACE + GET + CLOSE):
+        with sent(memory, data) as connection:
+            assert read_all(connection)[:12] in (b"", b"HTTP/1.1 505", b"HTTP/1.1 400")
+
+
+def test_an_offer_to_go_on_in_http2_is_answered_in_http11(memory: Program) -> None:
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAA\r\n"
+    with sent(memory, GET + offer + b"\r\n") as connection:  # as curl --http2
+        assert read_answer(connection)[::2] == (200, b"[]\n")
+        connection.sendall(GET + b"\r\n")
+        assert read_answer(connection)[::2] == (200, b"[]\n")
+    with sent(memory, POST + str(len(MATH)).encode() + b"\r\n" + offer + b"\r\n" + MATH) as connection:
+        assert read_answer(connection).status == 202
+
+
+@pytest.mark.parametrize("space", [b"%20", b" "])
+def test_a_web_socket_is_answered_as_plain_http_and_forges_no_line_of_the_log(
+    memory: Program, space: bytes
+) -> None:
+    target = b"/job/x%0a2026-01-01 CRITICAL forged%1b[31m%0d%c2%85%e2%80%a8".replace(b" ", space)
+    upgrade = (
+        b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: http://elsewhere.example\r\n\r\n"
+    )
+    with sent(memory, b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n" + upgrade) as connection:
+        assert read_answer(connection).status == (404 if space == b"%20" else 400)
+    for path in (b"/jobs?limit=1", b"/", b"/job", b"/nothing"):
+        with sent(memory, b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\n" + upgrade) as connection:
+            assert read_answer(connection).status in (200, 302, 404, 405)
+
+
+def test_idle_connections_that_begin_http2_leave_room_for_others(lowered: Start) -> None:
+    program = lowered(DESCRIPTORS="256")
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):  # more than there are descriptors
+            stack.enter_context(sent(program, PREFACE))
+        assert program.ended(program.submit("math", a=1, b=2))["result"] == 3
+    stops(program, GRACE + 1)
+
+
+@on_linux
+def test_clients_that_take_nothing_of_a_large_list_cost_little_memory_and_are_cut_off(
+    lowered: Start, redis_server: RedisServer
+) -> None:
+    program = lowered("--workers", "0", REDIS_URL=redis_server.url, SILENT_CLIENT_SECONDS="1")
+    fill(program, 20_000)
+    before, used = descriptors(program), megabytes(program)
+    with contextlib.ExitStack() as stack:
+        request = b"GET /jobs HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        clients = [stack.enter_context(sent(program, request, buffer=4096)) for _ in range(50)]
+        for client in clients:
+            assert client.recv(1) == b"H"
+        eventually(lambda: descriptors(program) <= before, "they are cut off")
+        for client in clients:
+            assert not read_all(client).endswith(b"\r\n0\r\n\r\n")  # it can tell that the list is cut off
+    assert megabytes(program, "VmHWM") - used < 150
+    stops(program, GRACE + 1)
+
+
+def test_a_client_that_takes_a_large_list_slowly_gets_all_of_it(
+    lowered: Start, redis_server: RedisServer
+) -> None:
+    program = lowered("--workers", "0", REDIS_URL=redis_server.url, SILENT_CLIENT_SECONDS="1")
+    fill(program, 15_000)
+    request = b"GET /jobs HTTP/1.1\r\nHost: localhost\r\n" + CLOSE
+    with sent(program, request, buffer=65_536) as connection:
+        parts = []
+        for _ in range(60):  # for longer than it may take nothing
+            parts.append(connection.recv(65_536))
+            time.sleep(0.05)  # this is what makes it slow
+        parts.append(read_all(connection))
+    assert b"".join(parts).endswith(b"]\n\r\n0\r\n\r\n")
+    stops(program, GRACE + 1)
+
+
+@on_linux
+def test_more_clients_than_descriptors_take_none_that_redis_needs(
+    lowered: Start, redis_server: RedisServer
+) -> None:
+    other = lowered("--workers", "0", REDIS_URL=redis_server.url)  # to submit through
+    program = lowered(REDIS_URL=redis_server.url, DESCRIPTORS="200")
+    waiting, _ = later = [post(other.port, job)[1]["id"] for job in [json.loads(MATH) | {"delay": 3600}] * 2]
+    before = descriptors(program)
+    wait = f"GET /job/{waiting}?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        for data in [wait] * 200 + [b"GET"] * 200:  # clients that stay as long as this takes, and idle ones
+            stack.enter_context(sent(program, data))
+        eventually(lambda: descriptors(program) >= before + 50, "clients are served")
+        for _ in range(3):
+            for kind in ("normal", "pubsub"):
+                redis_server.client.client_kill_filter(_type=kind, skipme=True)
+            for _ in range(20):
+                eventually(lambda: post(other.port, json.loads(MATH))[0] == 202)  # cut off, too
+            eventually(lambda: not redis_server.client.llen(PREFIX + "queue"), "jobs are run")
+    assert program.ended(program.submit("math", a=1, b=2))["result"] == 3
+    eventually(lambda: descriptors(program) <= before + 3, "the clients are gone")  # 3: connections to Redis
+    stops(program, GRACE + 1)
+    jobs = check(redis_server.client, set(later)).values()
+    assert Counter((job["status"], job["attempts"]) for job in jobs) == {
+        ("pending", "0"): len(later),
+        ("completed", "1"): 3 * 20 + 1,
+    }
+    assert "open files" not in program.log
+
+
 def test_a_truncated_body_submits_nothing(memory: Program) -> None:
-    body = b'{"job_type": "math", "payload": {"a": 1, "b": 2}}'
     head = POST + b"99\r\n\r\n"
-    with sent(memory, head + body) as connection:
+    with sent(memory, head + MATH) as connection:
         connection.shutdown(socket.SHUT_WR)
         read_all(connection)
     assert memory.call("GET", "/jobs") == (200, [])
@@ -1854,6 +2076,96 @@ def test_500_idle_connections_hinder_nobody(memory: Program) -> None:
         for _ in range(500):
             stack.enter_context(sent(memory, b"GET"))
         assert memory.ended(memory.submit("math", a=1, b=2))["result"] == 3
+
+
+CHUNKED = POST.replace(b"Content-Length: ", b"Transfer-Encoding: chunked\r\n")
+SUBMIT = POST + str(len(MATH)).encode() + b"\r\n\r\n" + MATH
+LIST = b"GET /jobs HTTP/1.1\r\nHost: localhost\r\n\r\n"
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: "
+RUDE: list[Callable[[random.Random], Sequence[bytes]]] = [  # what a client sends, piece by piece
+    lambda chance: [SUBMIT[: chance.randrange(len(SUBMIT))]],  # half a request
+    lambda chance: [GET[: chance.randrange(len(GET))]],
+    lambda chance: [(GET + b"\r\n") * chance.randrange(2, 40)],  # pipelines
+    lambda chance: [SUBMIT * chance.randrange(2, 10), LIST],
+    lambda chance: [chance.choice([GET + b"\r\n", SUBMIT]) for _ in range(5)],
+    lambda chance: [SUBMIT],
+    lambda chance: [LIST * chance.randrange(1, 4)],
+    lambda chance: [b"GET /job/x?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n"],
+    lambda chance: [b"HEAD /jobs HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3],
+    lambda chance: [GET + UPGRADE + b"websocket\r\nSec-WebSocket-Version: 13\r\n\r\n", chance.randbytes(50)],
+    lambda chance: [GET + UPGRADE + b"h2c\r\nHTTP2-Settings: AAMAAABk\r\n\r\n", PREFACE],
+    lambda chance: [PREFACE[: chance.randrange(1, 40)], chance.randbytes(chance.randrange(100))],
+    lambda chance: [chance.randbytes(chance.randrange(1, 3000))],  # garbage
+    lambda chance: [GET + b"\r\n", chance.randbytes(99)],
+    lambda chance: [bytes([one]) for one in GET[: chance.randrange(len(GET))]],  # a slow head
+    lambda chance: [GET + b"X: " + b"x" * chance.randrange(100_000)],  # a huge one
+    lambda chance: [GET + b"X: y\r\n" * chance.randrange(20_000)],
+    lambda chance: [CHUNKED + b"\r\n" + b"31\r\n" + MATH[: chance.randrange(len(MATH))]],  # bodies cut off
+    lambda chance: [CHUNKED + b"\r\n", chance.randbytes(50)],
+    lambda chance: [CHUNKED + b"Content-Length: 5\r\n\r\n31\r\n" + MATH + b"\r\n0\r\n\r\n", GET + b"\r\n"],
+    lambda chance: [CHUNKED + b"Expect: 100-continue\r\n\r\n"],
+    lambda chance: [POST + b"9999999\r\n\r\n", *[b"x" * 65_536] * chance.randrange(30)],
+]
+
+
+def read_for(connection: socket.socket, seconds: float) -> None:
+    connection.settimeout(seconds)
+    for _ in range(1000):
+        if not connection.recv(65_536):
+            break
+
+
+def leave(connection: socket.socket, chance: random.Random) -> None:
+    """End a connection in some way; the caller closes it."""
+    reset = struct.pack("ii", 1, 0)
+    match chance.randrange(6):
+        case 0:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        case 1:
+            read_for(connection, chance.random() / 5)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        case 2:
+            connection.shutdown(socket.SHUT_WR)
+            read_for(connection, 1)
+        case 3:
+            read_for(connection, chance.random() / 2)
+        case 4:
+            time.sleep(1.5 * chance.random())  # takes nothing, perhaps for longer than a client may
+
+
+def be_rude(port: int, seed: int) -> None:
+    """One connection: what is sent on it, and how it ends, follow from the seed."""
+    chance = random.Random(seed)
+    with contextlib.suppress(OSError), socket.socket() as connection:  # the program may close it first
+        connection.settimeout(5)
+        if chance.random() < 0.5:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", port))
+        for piece in chance.choice(RUDE)(chance):
+            connection.sendall(piece)
+            if chance.random() < 0.1:
+                time.sleep(0.01)
+        leave(connection, chance)
+
+
+@on_linux
+def test_a_thousand_rude_clients_at_random_leave_nothing_behind(lowered: Start) -> None:
+    seed, count = random.randrange(1 << 30) if SOAK else 1, max(1000, ROUNDS * 30)
+    program = lowered(SILENT_CLIENT_SECONDS="1")
+    fill(program, 3000)
+    with ThreadPoolExecutor(20) as crowd:  # once, to know what a program in use has
+        for number in range(100):
+            crowd.submit(be_rude, program.port, seed - number - 1)
+    eventually(lambda: count_tasks(program) < 50, "they are gone")
+    tasks, files, used = count_tasks(program), descriptors(program), megabytes(program)
+    with ThreadPoolExecutor(20) as crowd:
+        for number in range(count):
+            crowd.submit(be_rude, program.port, seed + number)
+    eventually(lambda: count_tasks(program) <= tasks, f"no task is left, with seed {seed}")
+    eventually(lambda: descriptors(program) <= files, f"no descriptor is left, with seed {seed}")
+    assert megabytes(program) - used < 60
+    stops(program, GRACE + 1)
+    logged_records_alone(program)
 
 
 # ── Bad input, by the thousand ──────────────────────────────────────────────────────────────────
@@ -1889,6 +2201,7 @@ def fuzzed(session_redis: RedisServer) -> Iterator[Program]:
     yield program
     assert program.stop() == 0
     assert "ERROR" not in program.log
+    logged_records_alone(program)
 
 
 def exchange(
@@ -1942,6 +2255,259 @@ def test_any_address_is_answered_without_an_error_of_the_server(
         fuzzed, method, target, b"", {"Accept": header.strip(), "X-Anything": header.strip()}
     )
     assert status < 500
+
+
+STRANGE = st.binary(max_size=30)
+NO_NAMES = [  # as the Host of a request
+    *(b"....", b"a..b", b".a", b"a" * 64, b"a" * 300, b"a." * 150, b"a b", b"a\tb", b"\xff\xe9\x80"),
+    *("bücher".encode(), b"[::1", b"::1]", b"[]", b"[::1]x", b"a:b:c", b"localhost:99999999"),
+    *(b"user@localhost", b"localhost/x", b"localhost?x", b"localhost#x", b"a,b", b"%"),
+]
+METHODS = b"GET GET POST POST HEAD DELETE OPTIONS PUT TRACE CONNECT PRI get".split()
+TARGETS = rb"""
+    / /job /jobs /jobs?limit=1 /job/x /job/x?wait=0 /jobs/ // * /nothing /job/%0a%1b%00 /job/%ff%fe /%
+    /%2e%2e/ ? # /jobs?limit=%ff /jobs?%00 /\ http://localhost/jobs http://[/ http://[::1]:99999999/ https://
+    localhost:80 //[ /;a@b:
+""".split()
+HEADERS = b"""Content-Length: 0
+Content-Length: 49
+Content-Length: -1
+Content-Length: 1, 2
+Transfer-Encoding: chunked
+Transfer-Encoding: gzip
+Transfer-Encoding: identity
+Expect: 100-continue
+Content-Type: application/json
+Content-Type: application/json; charset=\xff
+Content-Type: ;
+Content-Encoding: br
+Connection: close
+Connection: Upgrade
+Upgrade: websocket
+Upgrade: h2c
+HTTP2-Settings: AAMA
+Sec-WebSocket-Version: 13
+Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==
+Accept: text/html
+Accept: ;q=x
+Accept: */*;q=
+Authorization: Basic =
+Authorization: Bearer
+Idempotency-Key: "a"
+Idempotency-Key: \xe9
+Cookie: =; ;=
+Range: bytes=9-1
+If-Match: "
+If-Modified-Since: -1
+Forwarded: for=_
+X-Forwarded-For: x
+X-Folded: a\r\n b
+:""".split(b"\n")
+LAST = b"0\r\n\r\n"
+BODIES = [b"", b"", MATH, b"31\r\n" + MATH + b"\r\n" + LAST, LAST, b"0\r\nX: y\r\n\r\n", b"zz\r\n", b"["]
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> bytes:
+    """What a client may send: requests made of fragments, with a few bytes changed."""
+
+    def one_of(fragments: Sequence[bytes]) -> bytes:
+        return draw(st.sampled_from(fragments) | STRANGE)
+
+    data = b""
+    for _ in range(draw(st.integers(1, 3))):
+        version = draw(st.sampled_from([b"HTTP/1.1"] * 9 + [b"HTTP/1.0", b"HTTP/2.0", b"HTTP/9", b""]))
+        lines = [b" ".join([one_of(METHODS), one_of(TARGETS), version])]
+        if draw(st.integers(0, 9)):
+            lines.append(b"Host: " + draw(st.just(b"localhost") | st.sampled_from(NO_NAMES) | STRANGE))
+        lines += [one_of(HEADERS) for _ in range(draw(st.integers(0, 5)))]
+        data += b"\r\n".join([*lines, b"", one_of(BODIES)])
+    for _ in range(draw(st.integers(0, 3))):
+        place = draw(st.integers(0, len(data)))
+        data = data[:place] + draw(st.binary(max_size=3)) + data[place + draw(st.integers(0, 3)) :]
+    return data
+
+
+@MANY
+@hypothesis.given(data=conversations())
+def test_any_bytes_are_answered_without_an_error_of_the_server(fuzzed: Program, data: bytes) -> None:
+    with sent(fuzzed, data) as connection:
+        select.select([connection], [], [], 0.05)  # an answer begins at once, or the request is not complete
+        with contextlib.suppress(OSError):  # it may be closed
+            connection.shutdown(socket.SHUT_WR)
+        answer = read_all(connection)
+    assert answer[:9] in (b"", b"HTTP/1.1 ")
+    assert set(re.findall(rb"(?m)^HTTP/1.1 (5\d\d)", answer)) <= {b"501", b"505"}, answer
+
+
+def test_a_host_that_can_be_no_name_is_a_clear_error(memory: Program) -> None:
+    for host in NO_NAMES:
+        for line in (b"GET /jobs?limit=1", b"GET /job/x", b"GET /", b"POST /job", b"OPTIONS /jobs"):
+            with sent(memory, line + b" HTTP/1.1\r\nHost: " + host + b"\r\n" + CLOSE) as connection:
+                answer = read_answer(connection)
+            assert answer.status == 400, (line, host)
+            assert "host" in answer.error.lower()
+
+
+def test_a_host_that_is_another_one_is_refused(memory: Program) -> None:
+    for host in (b"", b"-", b"xn--a", b"a.", b"elsewhere.example", b"elsewhere.example:80"):
+        with sent(memory, b"GET /jobs HTTP/1.1\r\nHost: " + host + b"\r\n" + CLOSE) as connection:
+            answer = read_answer(connection)
+        if answer.status != 200 or b"." in host:  # a name without a dot is this machine's
+            assert answer.status in (400, 403), host
+            assert answer.error
+
+
+def test_after_two_lengths_of_one_body_the_connection_is_closed(memory: Program) -> None:
+    lengths = [b"Transfer-Encoding: chunked\r\n", b"Content-Length: 49\r\n"]
+    start = b"POST /job HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(MATH), MATH)
+    for head in (start + b"".join(lengths), start + b"".join(lengths[::-1])):
+        with sent(memory, head + b"\r\n" + body + GET + b"\r\n") as connection:
+            answer = read_all(connection)  # up to the end
+        head, _, rest = answer.partition(b"\r\n\r\n")
+        assert head[:12] in (b"HTTP/1.1 202", b"HTTP/1.1 400")
+        assert b"\r\nconnection: close" in head.lower()
+        assert b"HTTP/1.1" not in rest  # what may be a smuggled request is not answered
+
+
+def test_a_body_in_a_content_encoding_is_refused(memory: Program) -> None:
+    for encoding in ("gzip", "br", "GZIP", "identity, gzip"):
+        headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+        packed = ask(memory, "POST", "/job", gzip.compress(MATH), **headers)
+        assert packed.status == 415
+        assert "Content-Encoding" in packed.error
+    assert memory.call("GET", "/jobs") == (200, [])
+
+
+def test_a_parameter_given_twice_is_an_error_and_does_nothing(memory: Program) -> None:
+    job_id = post(memory.port, json.loads(MATH) | {"delay": 3600})[1]["id"]
+    for method, target in (
+        ("GET", "/jobs?limit=1&limit=2"),
+        ("GET", "/jobs?limit=1&limit=1"),
+        ("GET", "/jobs?status=failed&limit=1&status=completed"),
+        ("GET", f"/job/{job_id}?wait=1&wait=2"),
+        ("DELETE", f"/job/{job_id}?wait=1&wait=2"),
+    ):
+        answer = ask(memory, method, target)
+        assert answer.status == 400, target
+        assert re.search("limit|status|wait", answer.error)
+    assert memory.job(job_id)["status"] == "pending"
+
+
+def test_head_is_answered_as_get_without_a_body(memory: Program) -> None:
+    job_id = memory.submit("math", a=1, b=2)
+    memory.ended(job_id)
+    for target in ("/jobs?limit=1", "/jobs", f"/job/{job_id}", "/", "/job/x", "/jobs?limit=x"):
+        heads = []
+        for method in ("GET", "HEAD"):
+            request = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\n".encode() + CLOSE
+            with sent(memory, request) as connection:
+                head, _, body = read_all(connection).partition(b"\r\n\r\n")
+            assert bool(body) == (method == "GET")
+            heads.append([line for line in head.split(b"\r\n") if not line.lower().startswith(b"date:")])
+        assert heads[0] == heads[1]
+
+
+def test_every_answer_forbids_guessing_its_type_and_html_has_a_strict_policy(memory: Program) -> None:
+    job_id = memory.submit("long", seconds=600)
+    json_type = "application/json"
+    answers = {
+        (method, target, status): ask(memory, method, target, body, **headers)
+        for method, target, body, headers, status in (
+            ("GET", "/jobs", None, {}, 200),
+            ("GET", "/jobs?limit=1", None, {}, 200),
+            ("GET", "/jobs", None, {"Accept": "text/html"}, 200),
+            ("GET", "/", None, {"Accept": "text/html"}, 302),
+            ("HEAD", "/", None, {}, 302),
+            ("POST", "/job", MATH, {"Content-Type": json_type}, 202),
+            ("POST", "/job", b"{", {"Content-Type": json_type}, 400),
+            ("POST", "/job", MATH, {"Content-Type": "text/html"}, 415),
+            ("POST", "/job", b" " * 2_000_000, {"Content-Type": json_type}, 413),
+            ("GET", "/jobs", None, {"Host": "a..b", "Accept": "text/html"}, 400),
+            ("GET", "/jobs", None, {"Host": "elsewhere.example", "Accept": "text/html"}, 403),
+            ("GET", "/job/<script>".replace("<", "%3c"), None, {"Accept": "text/html"}, 404),
+            ("GET", "/nothing", None, {"Accept": "text/html"}, 404),
+            ("GET", "/jobs/", None, {"Accept": "text/html"}, 404),
+            ("GET", "/job/", None, {"Accept": "text/html"}, 404),
+            ("PUT", "/jobs", None, {"Accept": "text/html"}, 405),
+            ("OPTIONS", "/jobs", None, {}, 200),
+            ("OPTIONS", "/", None, {"Accept": "text/html"}, 200),
+            ("DELETE", f"/job/{job_id}", None, {}, 200),
+        )
+    }
+    for (method, target, status), answer in answers.items():
+        assert answer.status == status, (method, target)
+        assert answer.headers["X-Content-Type-Options"] == "nosniff", (method, target)
+        if answer.headers.get_content_type() == "text/html":
+            policy = answer.headers.get_all("Content-Security-Policy", [])
+            assert len(policy) == 1, (method, target)
+            assert "default-src 'none'" in policy[0]
+            assert "frame-ancestors 'none'" in policy[0]
+
+
+def test_a_redis_url_that_cannot_be_read_shows_nothing_of_its_password() -> None:
+    urls = [
+        "redis://:geheim/x@host",
+        "redis://:geheim@host:port",
+        "redis+sentinel://:geheim@",
+        "redis+sentinel://:geheim@host:26379",
+        "http://:geheim@host",
+        ":geheim@host",
+    ]
+    environ = {name: value for name, value in os.environ.items() if name not in ("PORT", "HOST")}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, MODULE, "--port", "0"],
+            env=environ | {"REDIS_URL": url},
+            cwd=MODULE.parent,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for url in urls
+    ]
+    try:
+        for url, process in zip(urls, processes, strict=True):
+            _, text = process.communicate(timeout=60)
+            assert (process.returncode, text.count("\n")) == (2, 1), (url, text)
+            assert "REDIS_URL" in text
+            assert "geheim" not in text
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_password_in_a_redis_url_is_not_logged(start: Start) -> None:
+    port = free_port()
+    urls = f"redis://:geheim@127.0.0.1:{port}/0", f"redis://127.0.0.1:{port}/0?password=geheim"
+    for program in [start(REDIS_URL=url) for url in urls]:
+        eventually(partial(program.logged, "Redis is away"))
+        stops(program, 1)
+        assert "geheim" not in program.log
+
+
+# ── Where it listens ────────────────────────────────────────────────────────────────────────────
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("host", ["localhost", "::"])
+def test_a_host_that_means_ipv4_and_ipv6_is_answered_on_both_at_one_port(start: Start, host: str) -> None:
+    if host == "::" and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    program = start(HOST=host)
+    for address in ("127.0.0.1", "::1") if has_ipv6() else ("127.0.0.1",):
+        connection = http.client.HTTPConnection(address, program.port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request("GET", "/jobs")
+            assert connection.getresponse().status == 200
+    stops(program, 1)
 
 
 # ── The store as a state machine ────────────────────────────────────────────────────────────────
