@@ -124,13 +124,17 @@ def _convert(name: str, text: str) -> Any:
 class Settings:
     """From environment variables, `PORT`, and flags that beat them, `--port`. A bad one raises ValueError."""
 
-    redis_url: str = _setting("", "where jobs are kept: redis[s]://, redis[s]+sentinel:// or unix://; unset: in memory")
+    redis_url: str = _setting(
+        "", "where jobs are kept: redis[s]://, redis[s]+sentinel:// or unix://; unset: in memory"
+    )
     host: str = _setting("127.0.0.1", "the address to listen on")
     port: int = _setting(8080, "the port to listen on; 0: any free one", 0, 65_535)
     workers: int = _setting(10, "jobs run at the same time; 0: only serve the API", 0, 10_000)
     max_retries: int = _setting(3, "attempts after a failed first one, for a job that does not say", 0, 100)
     retry_delay_seconds: float = _setting(0.5, "wait before the first retry; doubles with each", 0, 3600)
-    job_timeout_seconds: float = _setting(300.0, "longest attempt, for a job that does not say", 0.001, 604_800)
+    job_timeout_seconds: float = _setting(
+        300.0, "longest attempt, for a job that does not say", 0.001, 604_800
+    )
     lease_seconds: float = _setting(15.0, "a worker silent for so long has lost its job", 0.5, 3600)
     shutdown_grace_seconds: float = _setting(20.0, "what running jobs get to finish at shutdown", 0, 86_400)
     retention_seconds: float = _setting(604_800.0, "how long finished jobs are kept; 0: for ever", 0, 1e10)
@@ -278,7 +282,10 @@ def backoff(attempt: int, first: float, jitter: Callable[[], float] = random.ran
 Function = TypeVar("Function", bound=Callable[..., Any])
 HANDLERS: dict[str, Handler] = {}
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-PAGE_FORMATS = {datetime: "date-time", time: "partial-time"}  # msgspec says so only where a time zone is asked for
+PAGE_FORMATS = {
+    datetime: "date-time",
+    time: "partial-time",
+}  # msgspec says so only where a time zone is asked for
 SMTP_SECONDS = 20.0  # longest wait for an SMTP server
 _attempt: ContextVar[Attempt] = ContextVar("_attempt")  # of the handler that runs here, or in this thread
 
@@ -465,27 +472,25 @@ async def long(seconds: float = 2) -> None:
 
 # ── Redis ───────────────────────────────────────────────────────────────────────────────────────
 #
-# redis-py's asyncio client does not run on Trio, and its blocking client would stop the event loop. The
-# naive answer, a thread for each command, costs more than the command itself. So redis-py opens the
-# connection, in a thread; then hiredis and Trio use its socket. One task owns a connection, and is its
-# transport: while its round trip is under way the commands of all other tasks gather, and the next one
-# carries them all. Under load the batches grow by themselves. There are two connections, so that one batch
-# is in Redis while Python works on the replies to the other.
+# redis-py's asyncio client does not run on Trio, its blocking client would stop the event loop, and a thread
+# for each command costs more than the command itself. So redis-py opens the connection, in a thread; then
+# hiredis and Trio use its socket. One task owns a connection, and is its transport: while its round trip is
+# under way, the commands of all other tasks gather, and the next one carries them all. Two connections let
+# Redis work on one batch while Python works on the replies to the other.
 
 Command = tuple[str | int, ...]
-Transport = Callable[
-    [Sequence[Command]], Awaitable[list[Any]]
-]  # carries a batch, and returns as many replies
+Transport = Callable[[Sequence[Command]], Awaitable[list[Any]]]  # carries a batch, returns as many replies
 
 CONNECTIONS = 2  # with one the drain is 40 % slower, and a third makes the batches too small
 REPLY_SECONDS = 2.5  # how long Redis may make no progress; sent twice, so that the API answers 503 within 6 s
 NOT_YET = object()
-CUT_OFF = redis.ConnectionError("the connection was cut off")
-# What a server says that cannot serve for now: a replica, one that starts, a node that lost or gives away the slot.
-# ASK is not followed: while a slot moves, a script would find only half of the keys at either end.
-UNFIT = re.compile(
-    r"(ERR Error running script.* -)?(READONLY|MASTERDOWN|MOVED|ASK|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|LOADING)\b"
-)
+pack_command: Callable[[Command], bytes] = cast(Any, hiredis.pack_command)  # annotated for a single word
+# What a server says that cannot serve for now: a replica, one that starts, a node that lost or gives away the
+# slot. ASK is not followed: while a slot moves, a script would find only half of the keys at either end.
+WORDS = "READONLY|MASTERDOWN|MOVED|ASK|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|LOADING"
+UNFIT = re.compile(rf"(ERR Error running script.* -)?({WORDS})\b")
+SENTINEL_URL = re.compile(r"(rediss?)\+sentinel://(.*@)?([^/@?]+)/([^/?]+)(/.*)?")
+SENTINEL_OPTIONS = re.compile("username|password|retry|protocol|socket_(connect_)?timeout|ssl_.*")
 
 
 class RedisAddress:
@@ -497,15 +502,11 @@ class RedisAddress:
 
     def __init__(self, url: str) -> None:
         self._sentinels: list[tuple[str, int]] = []
-        scheme, _, rest = url.partition("+sentinel://")
-        if rest:
-            parts = re.fullmatch(r"(.*@)?([^/@?]+)/([^/?]+)(/.*)?", rest)
-            if not parts:
-                raise ValueError("it must be redis+sentinel://host:port,host:port/name/db")
-            hosts = [urlsplit(f"//{host}") for host in parts[2].split(",")]
-            self._sentinels = [(host.hostname or "", host.port or 26379) for host in hosts]
-            self._name = parts[3]
-            url = f"{scheme}://{parts[1] or ''}{self._sentinels[0][0]}{parts[4] or ''}"
+        if match := SENTINEL_URL.fullmatch(url):
+            scheme, credentials, hosts, self._name, path = match.groups("")
+            addresses = [urlsplit(f"//{host}") for host in hosts.split(",")]
+            self._sentinels = [(each.hostname or "", each.port or 26379) for each in addresses]
+            url = f"{scheme}://{credentials}{path}"
         pool = redis.ConnectionPool.from_url(url)
         patience = {"socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
         never = Retry(NoBackoff(), 0)  # who may try again is not for the connection to say
@@ -513,19 +514,17 @@ class RedisAddress:
         self._options = pool.connection_kwargs | patience | {"protocol": 2, "retry": never}
         self._class(**self._options)  # which refuses what it does not know
 
-    def connect(self, moved: tuple[str, int] | None = None) -> Any:
-        """A connection that redis-py opened: in a thread, since this blocks. `moved` is where to, if Redis said so."""
-        host_and_port = moved or (self._ask_sentinels() if self._sentinels else None)
-        where = dict(zip(("host", "port"), host_and_port or (), strict=False))
-        connection = self._class(**self._options | where)
+    def connect(self, moved: tuple[str, int] | None) -> Any:
+        """A connection that redis-py opened; this blocks. `moved` is where to, if Redis said so."""
+        options = dict(self._options)
+        if moved or self._sentinels:
+            options["host"], options["port"] = moved or self._ask_sentinels()
+        connection = self._class(**options)
         connection.connect()
         return connection
 
     def _ask_sentinels(self) -> tuple[str, int]:
-        names = ("username", "password", "retry", "protocol", "socket_timeout", "socket_connect_timeout")
-        own = {
-            name: self._options[name] for name in self._options if name in names or name.startswith("ssl_")
-        }
+        own = {name: value for name, value in self._options.items() if SENTINEL_OPTIONS.fullmatch(name)}
         own["ssl"] = issubclass(self._class, redis.SSLConnection)
         own["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)  # it needs protocol 3
         for credentials in ({}, {"username": None, "password": None}):  # sentinels often have no password
@@ -536,7 +535,7 @@ class RedisAddress:
 
 
 class RedisConnection:
-    """One connection to Redis, on which Trio does the waiting. It connects when first used, and after each loss."""
+    """One connection to Redis, which Trio waits for. It connects when first used, and after each loss."""
 
     def __init__(self, url: str) -> None:
         self._address = RedisAddress(url)
@@ -553,30 +552,24 @@ class RedisConnection:
             with trio.move_on_after(REPLY_SECONDS) as patience:
                 if self._connection is None or self._is_cut_off():
                     await self._connect()
-                packed = [hiredis.pack_command(cast(Any, command)) for command in commands]
-                await self._send(memoryview(b"".join(packed)), patience)
+                await self._send(b"".join(map(pack_command, commands)), patience)
                 while len(replies) < len(commands):
                     await self._receive()
                     while (reply := self._reader.gets()) is not NOT_YET:
                         if isinstance(reply, redis.ConnectionError):  # UNFIT
-                            self._follow(reply)
                             raise reply
                         replies.append(reply)
                     if len(replies) < len(commands):  # there was progress
                         patience.deadline = trio.current_time() + REPLY_SECONDS
-            if patience.cancelled_caught:
-                raise redis.TimeoutError(f"no progress for {REPLY_SECONDS:g} s")
-            if len(replies) > len(commands) or self._reader.has_data():
-                raise redis.ConnectionError("Redis sent more than it was asked for")
-        except (OSError, UnicodeError) as error:  # the latter is what an impossible host name gives
-            raise redis.ConnectionError(str(error)) from None
-        except BaseException:
-            replies.clear()
+                if len(replies) > len(commands) or self._reader.has_data():
+                    raise redis.ConnectionError("Redis sent more than it was asked for")
+                return replies
+            raise redis.TimeoutError(f"no progress for {REPLY_SECONDS:g} s")
+        except BaseException as error:  # Cancelled too: a late reply must not meet the next exchange
+            self.hang_up()
+            if isinstance(error, OSError | UnicodeError):  # the latter is what an impossible host name gives
+                raise redis.ConnectionError(str(error)) from None
             raise
-        finally:
-            if len(replies) < len(commands):
-                self.hang_up()
-        return replies
 
     async def message(self) -> Any:
         """The next message of a channel that was subscribed to, however long it takes."""
@@ -586,31 +579,31 @@ class RedisConnection:
 
     async def ping(self) -> None:
         """Ask for a sign of life on a connection that subscribed; a message serves as well as the reply."""
-        await self._send(memoryview(hiredis.pack_command(("PING",))), trio.CancelScope())
+        await self._send(pack_command(("PING",)), trio.CancelScope())
         await self.message()
-
-    async def _connect(self) -> None:
-        self.hang_up()
-        moved, self._moved = (
-            self._moved,
-            None,
-        )  # should it fail there, the next time asks for the address anew
-        connect = partial(self._address.connect, moved)
-        connection = await trio.to_thread.run_sync(connect, abandon_on_cancel=True)
-        self._moved = moved
-        self._socket: socket.socket = connection._sock  # private: redis-py has no other way to its socket
-        self._socket.setblocking(False)
-        self._reader = hiredis.Reader(redis.ConnectionError, _refusal, "utf-8", "replace", NOT_YET)
-        self._connection = connection
-
-    def _follow(self, error: redis.ConnectionError) -> None:
-        if moved := re.search(r"MOVED \d+ (\S*):(\d+)", str(error)):
-            self._moved = moved[1].strip("[]") or self._connection.host, int(moved[2])
 
     def hang_up(self) -> None:
         if self._connection is not None:
             self._connection.disconnect()
             self._connection = None
+
+    async def _connect(self) -> None:
+        self.hang_up()
+        moved, self._moved = self._moved, None  # if it fails there, the next time asks for the address anew
+        connect = self._address.connect
+        self._connection = await trio.to_thread.run_sync(connect, moved, abandon_on_cancel=True)
+        self._moved = moved
+        self._socket: socket.socket = self._connection._sock  # private: redis-py has no other way to it
+        self._socket.setblocking(False)
+        self._reader = hiredis.Reader(redis.ConnectionError, self._refusal, "utf-8", "replace", NOT_YET)
+
+    def _refusal(self, text: str) -> Exception:
+        if not UNFIT.match(text):
+            is_unknown_script = text.startswith("NOSCRIPT")
+            return (redis.exceptions.NoScriptError if is_unknown_script else redis.ResponseError)(text)
+        if moved := re.search(r"MOVED \d+ (\S*):(\d+)", text):
+            self._moved = moved[1].strip("[]") or self._connection.host, int(moved[2])
+        return redis.ConnectionError(text)
 
     def _is_cut_off(self) -> bool:
         try:  # between two exchanges Redis has nothing to say: to read anything means the end
@@ -619,29 +612,23 @@ class RedisConnection:
             return not isinstance(error, BlockingIOError)
         return True
 
-    async def _send(self, data: memoryview, patience: trio.CancelScope) -> None:
-        while data:
+    async def _send(self, data: bytes, patience: trio.CancelScope) -> None:
+        rest = memoryview(data)
+        while rest:
             try:
-                data = data[self._socket.send(data) :]
+                rest = rest[self._socket.send(rest) :]
             except (BlockingIOError, ssl.SSLWantWriteError):
                 patience.deadline = trio.current_time() + REPLY_SECONDS
                 await trio.lowlevel.wait_writable(self._socket)
 
     async def _receive(self) -> None:
-        data = None
-        while data is None:
-            await trio.lowlevel.wait_readable(self._socket)
-            with suppress(BlockingIOError, ssl.SSLWantReadError):
-                data = self._socket.recv(65_536)  # more than a TLS record: nothing stays behind in OpenSSL
-        if not data:
-            raise redis.ConnectionError("Redis closed the connection")
-        self._reader.feed(data)
-
-
-def _refusal(text: str) -> Exception:
-    if text.startswith("NOSCRIPT"):
-        return redis.exceptions.NoScriptError(text)
-    return redis.ConnectionError(text) if UNFIT.match(text) else redis.ResponseError(text)
+        """Feed the reader what comes next; nothing, if that was only a part of a TLS record."""
+        await trio.lowlevel.wait_readable(self._socket)
+        with suppress(BlockingIOError, ssl.SSLWantReadError):
+            data = self._socket.recv(65_536)  # more than a TLS record: nothing stays behind in OpenSSL
+            if not data:
+                raise redis.ConnectionError("Redis closed the connection")
+            self._reader.feed(data)
 
 
 def memory() -> Transport:
@@ -649,15 +636,14 @@ def memory() -> Transport:
     import fakeredis  # only here: with a real Redis it is not needed
 
     client = fakeredis.FakeRedis(decode_responses=True)
+    one_by_one = trio.CapacityLimiter(1)
 
     def exchange(commands: Sequence[Command]) -> list[Any]:
-        pipe: Any
-        with client.pipeline(transaction=False) as pipe:
-            for command in commands:
-                pipe.execute_command(*command)
-            return list(pipe.execute(raise_on_error=False))
+        pipe: Any = client.pipeline(transaction=False)
+        for command in commands:
+            pipe.execute_command(*command)
+        return list(pipe.execute(raise_on_error=False))
 
-    one_by_one = trio.CapacityLimiter(1)
     return lambda commands: trio.to_thread.run_sync(exchange, commands, limiter=one_by_one)
 
 
@@ -669,16 +655,15 @@ class AutoPipeline:
     >>> await pipeline.call("INCR", "a")
     1
 
-    Invariants: `_commands[i]` was queued by the task `_callers[i]`, which sleeps until its reply is there. A
-    command leaves both lists at once, in `_take_share`; from then on that transport alone wakes its caller.
-    And while there are commands no transport is idle, or one has been woken for them.
+    Invariants: a caller sleeps from when its command is queued until its reply is there. Both leave the
+    queue together; from then on that transport alone wakes the caller. And while commands are queued no
+    transport is idle, or one has been woken for them.
     """
 
     def __init__(self, *transports: Transport) -> None:
         self._transports = transports
-        self._idle: list[trio.lowlevel.Task] = []  # the tasks of transports that have nothing to carry
-        self._commands: list[Command] = []
-        self._callers: list[trio.lowlevel.Task] = []
+        self._idle = trio.lowlevel.ParkingLot()  # transports that have nothing to carry
+        self._queue: list[tuple[Command, trio.lowlevel.Task]] = []  # each command with its caller
         self._away = False
 
     async def call(self, *command: str | int) -> Any:
@@ -689,10 +674,9 @@ class AutoPipeline:
         otherwise a claim could take a job out of the queue for a worker that is already gone.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        self._commands.append(command)
-        self._callers.append(trio.lowlevel.current_task())
-        if len(self._commands) == 1:
-            self._wake_transport()
+        self._queue.append((command, trio.lowlevel.current_task()))
+        if len(self._queue) == 1:  # otherwise a transport was woken before, or none is idle
+            self._idle.unpark()
         reply = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
         if isinstance(reply, Exception):
             raise reply
@@ -704,49 +688,35 @@ class AutoPipeline:
             for transport in self._transports:
                 nursery.start_soon(self._carry, transport)
 
-    def _wake_transport(self) -> None:
-        if self._commands and self._idle:
-            trio.lowlevel.reschedule(self._idle.pop())
-
     async def _carry(self, transport: Transport) -> None:
-        """Carry batch after batch, and give each caller its reply, or the error that befell the whole batch."""
+        """Carry batch after batch; give each caller its reply, or the error that befell the whole batch."""
         while True:
-            while not self._commands:
-                await self._wait_for_commands()
-            commands, callers = self._take_share()
-            lost: redis.RedisError | None = CUT_OFF  # also after a bug nobody may wait for ever
+            while not self._queue:  # again, when another transport took what this one was woken for
+                await self._idle.park()
+            batch = self._take_batch()
+            lost: redis.RedisError | None = redis.ConnectionError("the connection was cut off")
             try:
-                replies = await transport(commands)
-                if len(replies) != len(commands):
-                    raise RuntimeError(f"{len(replies)} replies to {len(commands)} commands")
+                replies = await transport([command for command, _ in batch])
+                if len(replies) != len(batch):
+                    raise RuntimeError(f"{len(replies)} replies to {len(batch)} commands")
                 lost = None
             except redis.RedisError as error:
                 lost = error
-            finally:
+            finally:  # also after a bug nobody may wait for ever
                 if lost:  # what came meanwhile shares the fate, rather than to wait for another time limit
-                    callers, self._callers, self._commands = callers + self._callers, [], []
-                    replies = [type(lost)(*lost.args) for _ in callers]
-                for caller, reply in zip(callers, replies, strict=True):
+                    batch, self._queue = batch + self._queue, []
+                    replies = [type(lost)(*lost.args) for _ in batch]
+                for (_, caller), reply in zip(batch, replies, strict=True):
                     trio.lowlevel.reschedule(caller, outcome.Value(reply))
             self._note(lost)
 
-    async def _wait_for_commands(self) -> None:
-        task = trio.lowlevel.current_task()
-
-        def leave(_: object) -> trio.lowlevel.Abort:
-            self._idle.remove(task)  # nobody may wake a task that is gone
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        self._idle.append(task)
-        await trio.lowlevel.wait_task_rescheduled(leave)
-
-    def _take_share(self) -> tuple[list[Command], list[trio.lowlevel.Task]]:
-        """The commands that one transport carries next: all, or half if the other one is idle, which then is woken."""
-        share = -(-len(self._commands) // (1 + len(self._idle)))
-        commands, self._commands = self._commands[:share], self._commands[share:]
-        callers, self._callers = self._callers[:share], self._callers[share:]
-        self._wake_transport()
-        return commands, callers
+    def _take_batch(self) -> list[tuple[Command, trio.lowlevel.Task]]:
+        """All that is queued; or, if the other transport is idle, half of it, and the other one is woken."""
+        share = -(-len(self._queue) // (1 + len(self._idle)))
+        batch, self._queue = self._queue[:share], self._queue[share:]
+        if self._queue:
+            self._idle.unpark()
+        return batch
 
     def _note(self, error: redis.RedisError | None) -> None:
         if error and not self._away:
@@ -758,30 +728,23 @@ class AutoPipeline:
 
 # ── Store ───────────────────────────────────────────────────────────────────────────────────────
 #
-# Every transition is one Lua script. Redis runs it alone, but does not roll it back: an error in the middle, such
-# as a missing right or a key of another type, leaves what was written before it. Four rules keep the jobs safe.
-#
-# Add, name, take away. A job is put into its new place, then its status names that place, then it leaves the
-# old one. So at every call it is at least where its status says. What an error leaves over is a second entry in
-# a place that the status does not name: a stray, which is removed by whoever meets it there.
-#
-# The first write takes away. Redis out of memory refuses scripts whose first write may add: that shall meet
-# `submit`, whose client can be told, and never a report or a renewal.
-#
-# Everything may be sent twice, since a lost reply tells nothing. A submission brings its ids. A claim has a fencing
-# token, "<worker>:<number>", that no other claim ever had: sent again, it gets the same job. A report brings its
-# token: one with another token than the job's is refused, one that comes again finds the status changed already.
-#
-# The time is Redis's, never the caller's: an instance with a wrong clock must not end others' leases.
+# Every transition is one Lua script. Redis runs it alone, but rolls nothing back: an error in the middle, as
+# from a missing right, leaves what was written before it. Four rules keep the jobs safe.
+# - Add, name, take away. A job is put into its new place, then its status names that place, then it leaves
+#   the old one: at every call it is at least where its status says. What an error leaves over is a stray, an
+#   entry in a place that the status does not name. Whoever meets it there removes it.
+# - The first write takes away. Redis out of memory refuses scripts whose first write may add: that shall meet
+#   `submit`, whose client can be told, and never a report or a renewal.
+# - Everything may be sent twice, since a lost reply tells nothing. A submission brings its ids. A claim has a
+#   fencing token, "<worker>:<number>", that no other claim ever had: sent again, it gets the same job. A
+#   report with another token than the job's is refused; sent again, it finds the status changed already.
+# - The time is Redis's: an instance with a wrong clock must not end the leases of others.
 
 LUA_CLOCK = "local time = redis.call('TIME') local now = time[1] * 1000 + math.floor(time[2] / 1000)"
 
 LUA_COMMON = """
 local P = KEYS[1]
-
-local function may_write()  -- a first write that takes away nothing
-  redis.call('ZREM', P .. 'processing', '')
-end
+local KNOWN = {pending = true, processing = true, completed = true, failed = true}
 
 local function read(id, ...)  -- fields of a job; none if it was deleted, or its key is somebody else's
   local held = redis.pcall('HMGET', P .. 'job:' .. id, ...)
@@ -789,22 +752,23 @@ local function read(id, ...)  -- fields of a job; none if it was deleted, or its
   return held.err and {} or held
 end
 
-local function is_known(status)
-  return status == 'pending' or status == 'processing' or status == 'completed' or status == 'failed'
-end
-
 local function is_stray(id, status, place)
-  if status then return status ~= place and is_known(status) end
+  if status then return KNOWN[status] and status ~= place end
   local fields = redis.pcall('HLEN', P .. 'job:' .. id)
   return type(fields) == 'table' or fields == 0  -- no job; otherwise somebody deleted the status alone
 end
 
-local function is_number(text)
+local function damage(name, value)  -- what is said of a field that somebody else has written to
+  return 'the job is damaged: its ' .. name .. ' is ' .. (value or 'missing')
+end
+local function damaged_number(name, text)
   local number = tonumber(text or '')
-  return number and number >= 0 and number < 1e9
+  return not (number and number >= 0 and number < 1e9) and damage(name, text)
 end
 
-local function push(command, id)  -- LPUSH: last in line; RPUSH: first. The message is a hint, which may fail
+local function may_write() redis.call('ZREM', P .. 'processing', '') end  -- a first write, of nothing
+
+local function push(command, id)  -- LPUSH: last in line; RPUSH: first. The message is a hint: it may fail
   if redis.call(command, P .. 'queue', id) == 1 then redis.pcall('PUBLISH', P .. 'wake', '') end
 end
 
@@ -815,189 +779,169 @@ local function finish(id, status, ...)
   redis.call('ZREM', P .. 'processing', id)
 end
 
-local function fail_damaged(id, name, value)  -- a job whose fields somebody else has written to
-  finish(id, 'failed', 'error', 'the job is damaged: its ' .. name .. ' is ' .. (value or 'missing'), 'token', '')
-end
+-- Without a word of its worker, whose late report will find another token.
+local function fail(id, reason, token) finish(id, 'failed', 'error', reason, 'token', token or '') end
 
-local function take_back(id, attempts)  -- from a worker, whose late report will find no token
+local function put_back(id, attempts, due_at, ...)  -- into `delayed`; without a time, first in the queue
   may_write()
-  push('RPUSH', id)
-  redis.call('HSET', P .. 'job:' .. id, 'status', 'pending', 'attempts', attempts, 'token', '')
+  if due_at then redis.call('ZADD', P .. 'delayed', due_at, id) else push('RPUSH', id) end
+  redis.call('HSET', P .. 'job:' .. id, 'status', 'pending', 'attempts', attempts, ...)
   redis.call('ZREM', P .. 'processing', id)
 end
 
-local function give(id, token, lease, again)  -- a job to a worker; nothing if it cannot be run
-  local job_type, payload, attempts, max_retries, timeout, status, held_by = unpack(
-    read(id, 'job_type', 'payload', 'attempts', 'max_retries', 'timeout', 'status', 'token'))
+local function give(id, token, lease, behind, again)  -- a Claim; nothing if the job cannot be run
+  local status, held_by, job_type, payload, attempts, max_retries, timeout = unpack(
+    read(id, 'status', 'token', 'job_type', 'payload', 'attempts', 'max_retries', 'timeout'))
   if again and not (status == 'processing' and held_by == token) then return end
   if not again and is_stray(id, status, 'pending') then return end
-  if not is_known(status) then return fail_damaged(id, 'status', status) end
-  if not job_type then return fail_damaged(id, 'job_type') end
-  if not payload then return fail_damaged(id, 'payload') end
-  if not is_number(attempts) then return fail_damaged(id, 'attempts', attempts) end
-  if not is_number(max_retries) then return fail_damaged(id, 'max_retries', max_retries) end
-  if not is_number(timeout) then return fail_damaged(id, 'timeout', timeout) end
+  local reason = not KNOWN[status] and damage('status', status) or not job_type and damage('job_type')
+    or not payload and damage('payload') or damaged_number('attempts', attempts)
+    or damaged_number('max_retries', max_retries) or damaged_number('timeout', timeout)
+  if reason then return fail(id, reason) end
   attempts = attempts + (again and 0 or 1)
   redis.call('ZADD', P .. 'processing', now + lease, id)
   redis.call('HSET', P .. 'job:' .. id, 'status', 'processing', 'attempts', attempts, 'token', token,
     'worker', string.match(token, '^[^/]*'), 'started_at', now)
-  return {redis.call('LLEN', P .. 'queue') - (again and 0 or 1), id, job_type, payload, attempts, tonumber(max_retries),
-    timeout * 1000}
+  return {behind, id, job_type, payload, attempts, tonumber(max_retries), timeout * 1000}
 end
 
-local function claim(token, lease)  -- a Claim; false without a token, or when the queue is empty
+local function claim(token, lease)  -- a Claim; false without a token, or if there is no job
   if token == '' then return false end
   local worker, number = string.match(token, '^(.*):(.*)$')
-  local last = redis.call('GET', P .. 'claim:' .. worker)  -- number and job of its last claim
-  if last and string.sub(last, 1, #number + 1) == number .. ' ' then  -- this very one, whose reply was lost
-    local claimed = give(string.sub(last, #number + 2), token, lease, true)
-    if claimed then return claimed end
+  local record = P .. 'claim:' .. worker  -- the number and the job of its last claim
+  local length, last = redis.call('LLEN', P .. 'queue'), redis.call('GET', record)
+  local last_number, last_id = string.match(last or '-1 ', '^(%S+) (.*)$')
+  if tonumber(number) <= tonumber(last_number) then  -- again: its reply was lost; or late: then nobody waits for it
+    return number == last_number and give(last_id, token, lease, length, true) or false
   end
-  while true do
+  for behind = length - 1, 0, -1 do
     local id = redis.call('LINDEX', P .. 'queue', -1)
-    if not id then return false end
-    redis.call('SET', P .. 'claim:' .. worker, number .. ' ' .. id, 'PX', 60000)
-    local claimed = give(id, token, lease)
+    redis.call('SET', record, number .. ' ' .. id, 'PX', 60000)
+    local claimed = give(id, token, lease, behind)
     redis.call('RPOP', P .. 'queue')
     if claimed then return claimed end
   end
+  redis.call('SET', record, number .. ' ', 'PX', 60000)
+  return false
 end
 """
 
 SCRIPTS = {
-    # key or '', what to keep for it, (id, job type, payload, retries, timeout, delay in ms) … → what is kept
+    # → the answer, or the one that was kept under this idempotency key. It stores all jobs or none.
     "submit": """
-        local key, answer = P .. 'idempotency:' .. ARGV[1], ARGV[2]
-        local kept = ARGV[1] ~= '' and redis.call('GET', key)
+        local key, answer = ARGV[1], ARGV[2]  -- then the fields of each job, its delay in ms
+        local kept = key ~= '' and redis.call('GET', P .. 'idempotency:' .. key)
         if kept then return kept end
         local stored, pushed = {}, 0
-        local function store(number, id, job_type, payload, max_retries, timeout, delay)
-          redis.call('HSET', P .. 'job:' .. id, 'job_type', job_type, 'payload', payload, 'status', 'pending',
-            'attempts', 0, 'max_retries', max_retries, 'timeout', timeout, 'created_at', now)
-          stored[#stored + 1] = id
-          redis.call('ZADD', P .. 'history', number, id)
-          if delay > 0 then
-            redis.call('HSET', P .. 'job:' .. id, 'due_at', now + delay)
-            redis.call('ZADD', P .. 'delayed', now + delay, id)
-          else
-            push('LPUSH', id)
-            pushed = pushed + 1
-          end
-        end
-        local function store_all()
-          local last = redis.call('ZREVRANGE', P .. 'history', 0, 0, 'WITHSCORES')
-          local number = tonumber(last[2] or 0)
+        local done, problem = pcall(function()
+          local number = redis.call('ZREVRANGE', P .. 'history', 0, 0, 'WITHSCORES')[2] or 0
           for i = 3, #ARGV, 6 do
-            if redis.call('EXISTS', P .. 'job:' .. ARGV[i]) == 0 then  -- otherwise this submission came before
-              number = number + 1
-              store(number, ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], tonumber(ARGV[i + 5]))
+            local id, job_type, payload, max_retries, timeout, delay = unpack(ARGV, i, i + 5)
+            local job = P .. 'job:' .. id
+            if redis.call('EXISTS', job) == 0 then  -- otherwise this submission came before
+              number, stored[#stored + 1] = number + 1, id
+              redis.call('HSET', job, 'job_type', job_type, 'payload', payload, 'status', 'pending',
+                'attempts', 0, 'max_retries', max_retries, 'timeout', timeout, 'created_at', now)
+              redis.call('ZADD', P .. 'history', number, id)
+              if delay == '0' then
+                push('LPUSH', id)
+                pushed = pushed + 1
+              else
+                redis.call('HSET', job, 'due_at', now + delay)
+                redis.call('ZADD', P .. 'delayed', now + delay, id)
+              end
             end
           end
-          if ARGV[1] ~= '' then redis.call('SET', key, answer, 'EX', 86400) end
+          if key ~= '' then redis.call('SET', P .. 'idempotency:' .. key, answer, 'EX', 86400) end
+        end)
+        if done then return answer end
+        if pushed > 0 then redis.call('LTRIM', P .. 'queue', pushed, -1) end
+        for _, id in ipairs(stored) do
+          redis.call('ZREM', P .. 'delayed', id)
+          redis.call('ZREM', P .. 'history', id)
+          redis.call('DEL', P .. 'job:' .. id)
         end
-        local done, problem = pcall(store_all)
-        if not done then  -- all or none
-          if pushed > 0 then redis.call('LTRIM', P .. 'queue', pushed, -1) end
-          for _, id in ipairs(stored) do
-            redis.call('ZREM', P .. 'delayed', id)
-            redis.call('ZREM', P .. 'history', id)
-            redis.call('DEL', P .. 'job:' .. id)
-          end
-          error(problem, 0)
-        end
-        return answer""",
-    # token, lease in ms → a Claim or nothing
-    "claim": "may_write() return claim(unpack(ARGV))",
-    # … → whether the report was accepted, and the next Claim or nothing. Report first: a crash between the
-    # two would repeat a job, in the other order it would lose one.
+        error(problem, 0)""",
+    # → a Claim, or nothing
+    "claim": """
+        local token, lease = unpack(ARGV)
+        may_write()
+        return claim(token, lease)""",
+    # → whether the report was accepted, and a Claim or nothing. Report before claiming: a crash in between
+    # repeats a job, the other order loses one.
     "report": """
-        local id, token, transition, text, trace, attempts, delay, next_token, lease = unpack(ARGV)
-        local job, held = P .. 'job:' .. id, read(id, 'token', 'status', 'error')
-        local accepted = held[1] == token
-        if not accepted or held[2] ~= 'processing' then  -- refused, or this very report came before
+        local id, token, transition, text, trace, progress, attempts, delay, next_token, lease = unpack(ARGV)
+        local held_by, status, error = unpack(read(id, 'token', 'status', 'error'))
+        local accepted, due_at = held_by == token, now + delay
+        if not accepted or status ~= 'processing' then  -- refused, or this very report came before
           may_write()
         elseif transition == 'complete' then
           finish(id, 'completed', 'result', text)
-          if held[3] then redis.call('HDEL', job, 'error', 'traceback') end  -- of an earlier attempt
+          if error then redis.call('HDEL', P .. 'job:' .. id, 'error', 'traceback') end  -- an earlier one
         elseif transition == 'fail' then
           finish(id, 'failed', 'error', text, 'traceback', trace)
+        elseif transition == 'retry' then
+          put_back(id, attempts, due_at, 'due_at', due_at, 'error', text, 'traceback', trace)
+        elseif transition == 'defer' then
+          put_back(id, attempts, due_at, 'due_at', due_at)
         elseif transition == 'release' then
-          take_back(id, attempts)
-        else  -- retry; or defer, which leaves the error as it was
-          may_write()
-          redis.call('ZADD', P .. 'delayed', now + delay, id)
-          redis.call('HSET', job, 'status', 'pending', 'attempts', attempts, 'due_at', now + delay,
-            unpack(transition == 'retry' and {'error', text, 'traceback', trace} or {}))
-          redis.call('ZREM', P .. 'processing', id)
+          put_back(id, attempts, nil, 'token', '')
         end
+        if accepted and progress ~= '' then redis.call('HSET', P .. 'job:' .. id, 'progress', progress) end
         return {accepted and 1 or 0, claim(next_token, lease)}""",
-    # lease in ms, (id, token, progress or '') … → now, the tokens that hold no job, those that a DELETE asks to be cancelled
+    # → now, the tokens that hold no job, and those that a DELETE asks to be cancelled
     "renew": """
         local lease, lost, cancelled = ARGV[1], {}, {}
         may_write()
         for i = 2, #ARGV, 3 do
           local id, token, progress = unpack(ARGV, i, i + 2)
-          local held = read(id, 'token', 'status', 'cancel')
-          if held[1] ~= token or is_stray(id, held[2], 'processing') then
+          local held_by, status, cancel = unpack(read(id, 'token', 'status', 'cancel'))
+          if held_by ~= token or is_stray(id, status, 'processing') then
             lost[#lost + 1] = token
           else
             redis.call('ZADD', P .. 'processing', now + lease, id)
             if progress ~= '' then redis.call('HSET', P .. 'job:' .. id, 'progress', progress) end
-            if held[3] then cancelled[#cancelled + 1] = token end
+            if cancel then cancelled[#cancelled + 1] = token end
           end
         end
         return {now, lost, cancelled}""",
-    # most jobs to move, until when to end leases, retention in ms or 0, finished jobs to keep or 0 → how many are
-    # ready to run, ms until there is more to do (-1: not known of), the jobs whose lease ended: id, type, attempts,
-    # new status
+    # → jobs in the queue; ms until there is more to do, or -1; id, type, attempts, status of ended leases
     "sweep": """
         local most, end_leases_by, retention, keep = unpack(ARGV)
         local ended, more = {}, false
-        may_write()
-        local function due(place, time)
-          local ids = redis.call('ZRANGEBYSCORE', P .. place, '-inf', time, 'LIMIT', 0, most)
+        local function due(place)
+          local ids = redis.call('ZRANGEBYSCORE', P .. place, '-inf', now, 'LIMIT', 0, most)
           more = more or #ids == tonumber(most)
           return ids
         end
-        for _, id in ipairs(due('delayed', now)) do
+        local function first(place)
+          local id, time = unpack(redis.call('ZRANGE', P .. place, 0, 0, 'WITHSCORES'))
+          return {place = place, id = id, time = tonumber(time or math.huge)}
+        end
+        may_write()
+        for _, id in ipairs(due('delayed')) do
           if not is_stray(id, read(id, 'status')[1], 'pending') then push('LPUSH', id) end
           redis.call('ZREM', P .. 'delayed', id)
         end
-        for _, id in ipairs(now <= tonumber(end_leases_by) and due('processing', now) or {}) do
+        for _, id in ipairs(now <= tonumber(end_leases_by) and due('processing') or {}) do
           local status, job_type, attempts, max_retries, cancel =
             unpack(read(id, 'status', 'job_type', 'attempts', 'max_retries', 'cancel'))
           if is_stray(id, status, 'processing') then
             redis.call('ZREM', P .. 'processing', id)
           else
-            local new_status = 'failed'
-            if cancel then
-              finish(id, 'failed', 'error', 'cancelled', 'token', '')
-            elseif not is_number(attempts) then
-              fail_damaged(id, 'attempts', attempts)
-            elseif not is_number(max_retries) then
-              fail_damaged(id, 'max_retries', max_retries)
-            elseif tonumber(attempts) > tonumber(max_retries) then
-              local error = 'the worker died, or was silent for longer than its lease, in each attempt'
-              finish(id, 'failed', 'error', error, 'token', '')
-            else
-              take_back(id, attempts)
-              new_status = 'pending'
-            end
-            ended[#ended + 1] = {id, job_type or '', attempts or '', new_status}
+            local reason = cancel and 'cancelled' or damaged_number('attempts', attempts)
+              or damaged_number('max_retries', max_retries) or tonumber(attempts) > tonumber(max_retries)
+              and 'the worker died, or was silent for longer than its lease, in each attempt'
+            if reason then fail(id, reason) else put_back(id, attempts, nil, 'token', '') end
+            ended[#ended + 1] = {id, job_type or '', attempts or '', reason and 'failed' or 'pending'}
           end
         end
-        local finished = redis.call('ZCARD', P .. 'completed') + redis.call('ZCARD', P .. 'failed')
-        local too_many = tonumber(keep) > 0 and finished - keep or 0
-        local too_old = tonumber(retention) > 0 and now - retention or -1
+        local too_many = redis.call('ZCARD', P .. 'completed') + redis.call('ZCARD', P .. 'failed') - keep
         for i = 1, most do
-          local place, id, time
-          for _, each in ipairs({'completed', 'failed'}) do
-            local oldest = redis.call('ZRANGE', P .. each, 0, 0, 'WITHSCORES')
-            if oldest[1] and (not time or tonumber(oldest[2]) < time) then
-              place, id, time = each, oldest[1], tonumber(oldest[2])
-            end
-          end
-          if not id or i > too_many and time > too_old then break end
+          local completed, failed = first('completed'), first('failed')
+          local oldest = failed.time < completed.time and failed or completed
+          local id, place = oldest.id, oldest.place
+          if not id or i > too_many and oldest.time > now - retention then break end
           more = more or i == tonumber(most)
           if not is_stray(id, read(id, 'status')[1], place) then
             redis.call('ZREM', P .. 'history', id)
@@ -1005,31 +949,28 @@ SCRIPTS = {
           end
           redis.call('ZREM', P .. place, id)
         end
-        local next_due = redis.call('ZRANGE', P .. 'delayed', 0, 0, 'WITHSCORES')[2]
-        local wait = more and 0 or next_due and math.max(0, next_due - now) or -1
+        local next_due = first('delayed').time
+        local wait = more and 0 or next_due < math.huge and math.max(0, next_due - now) or -1
         return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
-    # status or '' for all, cursor or '', limit, most bytes, field … → next cursor or '', ids, their fields, counts
+    # → the next cursor or '', ids, fields of their jobs (perhaps fewer), and how many jobs each status has
     "page": """
-        local status, cursor, limit, bytes = unpack(ARGV, 1, 4)
-        local wanted = limit + 1  -- the one more tells that there is a next page
+        local status, cursor, limit, bytes = unpack(ARGV, 1, 4)  -- then the names of the fields
         local ids, jobs, size = {}, {}, 0
-        local function behind_cursor(place)  -- of a sorted set; nothing when the cursor is not in it
-          local rank = cursor == '' and -1 or redis.call('ZREVRANK', P .. place, cursor)
-          return rank and redis.call('ZREVRANGE', P .. place, rank + 1, rank + wanted)
+        local function rank(place)  -- of the cursor; false if it is not there
+          if cursor == '' then return -1 end
+          if place == 'queue' then return redis.call('LPOS', P .. place, cursor) end
+          if place == 'history' then return redis.call('ZCOUNT', P .. place, cursor, '+inf') - 1 end
+          return redis.call('ZREVRANK', P .. place, cursor)
         end
-        if status == '' then
-          local newest = cursor == '' and '+inf' or '(' .. cursor
-          ids = redis.call('ZREVRANGEBYSCORE', P .. 'history', newest, '-inf', 'LIMIT', 0, wanted)
-        elseif status == 'pending' then  -- the delayed ones, then the queue
-          local delayed = behind_cursor('delayed')
-          local first = delayed and 0 or (redis.call('LPOS', P .. 'queue', cursor) or -2) + 1
-          ids = delayed or {}
-          if #ids < wanted and first >= 0 then
-            for _, id in ipairs(redis.call('LRANGE', P .. 'queue', first, first + wanted - #ids - 1)) do
-              ids[#ids + 1] = id
-            end
-          end
-        elseif status == 'processing' then  -- by their start: there, each renewal changes the order
+        local function add(place)
+          local last, wanted = rank(place), limit + 1 - #ids  -- one more tells that there is a next page
+          if not last or wanted == 0 then return end
+          local found = place == 'queue' and redis.call('LRANGE', P .. place, last + 1, last + wanted)
+            or redis.call('ZREVRANGE', P .. place, last + 1, last + wanted)
+          for _, id in ipairs(found) do ids[#ids + 1] = id end
+          cursor = ''  -- the next place is listed from its beginning
+        end
+        if status == 'processing' then  -- by their start: in that place, each renewal changes the order
           local function start(id) return (read(id, 'started_at')[1] or '') .. id end
           local last, starts = cursor == '' and '~' or start(cursor), {}
           for _, id in ipairs(redis.call('ZRANGE', P .. 'processing', 0, -1)) do
@@ -1037,24 +978,23 @@ SCRIPTS = {
             if starts[id] < last then ids[#ids + 1] = id end
           end
           table.sort(ids, function(a, b) return starts[a] > starts[b] end)
+        elseif status == 'pending' then
+          add('delayed')
+          add('queue')
         else
-          ids = behind_cursor(status) or {}
+          add(status == '' and 'history' or status)
         end
         while #jobs < math.min(#ids, limit) and size < tonumber(bytes) do
           local held = read(ids[#jobs + 1], unpack(ARGV, 5))
-          for i = 5, #ARGV do size = size + #(held[i - 4] or '') end
+          for _, value in ipairs(held) do size = size + #(value or '') end
           jobs[#jobs + 1] = held
         end
-        local next_cursor = #jobs < #ids and ids[#jobs] or ''
-        if status == '' and next_cursor ~= '' then
-          next_cursor = redis.call('ZSCORE', P .. 'history', next_cursor)
-        end
-        local counts = {redis.call('LLEN', P .. 'queue') + redis.call('ZCARD', P .. 'delayed')}
-        for _, place in ipairs({'processing', 'completed', 'failed'}) do
-          counts[#counts + 1] = redis.call('ZCARD', P .. place)
-        end
-        return {next_cursor, ids, jobs, counts}""",
-    # id … → those of the jobs that are finished, or unknown
+        local next = #jobs < #ids and ids[#jobs] or ''
+        if status == '' and next ~= '' then next = redis.call('ZSCORE', P .. 'history', next) end
+        local function count(place) return redis.call('ZCARD', P .. place) end
+        local pending = redis.call('LLEN', P .. 'queue') + count('delayed')
+        return {next, ids, jobs, {pending, count('processing'), count('completed'), count('failed')}}""",
+    # → those of the ids whose jobs are finished, or unknown
     "finished": """
         local finished = {}
         for _, id in ipairs(ARGV) do
@@ -1062,12 +1002,11 @@ SCRIPTS = {
           if status ~= 'pending' and status ~= 'processing' then finished[#finished + 1] = id end
         end
         return finished""",
-    # id, fencing token, job type whose handlers cannot be interrupted … → the status that it had, or nothing for an
-    # unknown job. What waits or runs fails; if a thread runs it, its worker is asked, and says what became of it.
+    # → the status that the job had, or nothing. What waits or runs fails; of a thread, its worker is asked.
     "cancel": """
-        local id, token = unpack(ARGV)
-        local status, owner, job_type = unpack(read(id, 'status', 'token', 'job_type'))
-        if owner == token then return 'pending' end  -- this very request came before
+        local id, token = unpack(ARGV)  -- then the job types whose handlers cannot be interrupted
+        local status, held_by, job_type = unpack(read(id, 'status', 'token', 'job_type'))
+        if held_by == token then return 'pending' end  -- this very request came before
         if not status or status == 'completed' or status == 'failed' then return status end
         may_write()
         for i = 3, #ARGV do
@@ -1076,11 +1015,11 @@ SCRIPTS = {
             return status
           end
         end
-        finish(id, 'failed', 'error', 'cancelled', 'token', token)
+        fail(id, 'cancelled', token)
         redis.call('ZREM', P .. 'delayed', id)
         if status ~= 'processing' then redis.call('LREM', P .. 'queue', -1, id) end
         return status""",
-    # command … → those that this user may not run. On a key of another type they do nothing else than be refused.
+    # → those of these commands that this user may not run. The others do nothing to a key of another type.
     "rights": """
         local missing = {}
         for _, command in ipairs(ARGV) do
@@ -1090,7 +1029,6 @@ SCRIPTS = {
             local problem = type(reply) == 'table' and reply.err or ''
             if string.find(problem, 'user executing the script') or string.find(problem, 'NOPERM') then
               missing[#missing + 1] = command
-              break
             end
             if not string.find(problem, 'number of arg') then break end
           end
@@ -1098,10 +1036,10 @@ SCRIPTS = {
         redis.pcall('DEL', P .. 'wake')
         return missing""",
 }
-COMMANDS = sorted(
-    set(re.findall(r"(?:call|push)\('([A-Z]+)'", LUA_CLOCK + LUA_COMMON + "".join(SCRIPTS.values())))
-)
+LUA = LUA_CLOCK + LUA_COMMON + "".join(SCRIPTS.values())
+COMMANDS = sorted(set(re.findall(r"(?:call|push)\('([A-Z]+)'", LUA)))
 RIGHTS = "~{jobqueue}:* &{jobqueue}:* +@read +@write +@scripting +@pubsub +@connection +time +info"
+NO_LIMIT = 1 << 53  # for Lua, whose numbers are exact up to here
 
 
 class Report(NamedTuple):
@@ -1112,6 +1050,7 @@ class Report(NamedTuple):
     text: str = ""  # the result as JSON, or the error
     traceback: str = ""  # of the error
     delay: float = 0  # seconds, before a retry or after a defer
+    progress: str = ""  # as JSON, unless a heartbeat took it
 
 
 class Sweep(NamedTuple):
@@ -1141,20 +1080,17 @@ class Store:
         self._pipeline = pipeline
         self.prefix = prefix
         self._texts = {name: "\n".join([clock, LUA_COMMON, lua]) for name, lua in SCRIPTS.items()}
-        self._calls = {
-            name: ("EVALSHA", hashlib.sha1(text.encode()).hexdigest(), 1, prefix)
-            for name, text in self._texts.items()
-        }
+        self._hashes = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._texts.items()}
 
     async def _run(self, name: str, *arguments: str | int) -> Any:
-        return await self._twice(*self._calls[name], *arguments)
+        return await self._twice("EVALSHA", self._hashes[name], 1, self.prefix, *arguments)
 
     async def _twice(self, *command: str | int) -> Any:
         """The reply to a command, which is sent again if the first reply was lost, or Redis is a new one."""
         try:
             return await self._pipeline.call(*command)
         except redis.exceptions.NoScriptError:
-            for text in self._texts.values():
+            for text in self._texts.values():  # all, or a submission falls behind the claims that it woke
                 await self._pipeline.call("SCRIPT", "LOAD", text)
         except (redis.ConnectionError, redis.TimeoutError):
             pass
@@ -1163,62 +1099,54 @@ class Store:
     async def submit(self, jobs: Sequence[NewJob], key: str = "", request: str = "") -> list[str] | None:
         """Put jobs into the queue, or into `delayed`, all or none; their ids.
 
-        With an idempotency key, the ids that the same request got under it in the last 24 hours; None if it
-        was another request. `request` is what tells requests apart, a word without spaces.
+        With an idempotency key, the ids that it got in the last 24 hours; None if that was for another
+        `request`, a word without spaces.
         """
-        ids = [job.id for job in jobs]
-        arguments: list[str | int] = [key, " ".join([request, *ids]) if key else ""]
-        for job in jobs:
-            arguments += [*job[:4], str(job.timeout), _milliseconds(job.delay)]
-        kept = await self._run("submit", *arguments)
-        if not key:
-            return ids
-        first_request, *first_ids = kept.split(" ")
-        return first_ids if first_request == request else None
+        answer = " ".join([request, *(job.id for job in jobs)])
+        fields = [field for job in jobs for field in (*job[:4], str(job.timeout), _milliseconds(job.delay))]
+        first_request, *ids = (await self._run("submit", key, answer, *fields)).split(" ")
+        return ids if first_request == request else None
 
     async def report_and_claim(
         self, report: Report | None, token: str, lease: float
     ) -> tuple[bool, Claim | None]:
         """Report if there is a report, and claim for `lease` seconds if there is a fencing token.
 
-        A token is "<worker>:<number>", new for each claim; sent again, it gets the same job. The answer: False if
-        the report was refused, since the job has another token by now; and the job, if there was one.
+        False if the report was refused, as the job has another token by now; and the job, if there was one. The
+        same claim again gets the same job. A worker's numbers only rise: an older claim comes late, and gets none.
         """
-        claiming = token, _milliseconds(lease)
-        accepted = 1
+        accepted, claiming = 1, (token, _milliseconds(lease))
         if report:
-            claim, transition, text, trace, delay = report
+            claim, transition, text, trace, delay, progress = report
             attempts = claim.attempts - (transition in ("release", "defer"))  # these do not count
-            reporting = claim.id, claim.token, transition, text, trace, attempts, _milliseconds(delay)
-            accepted, claimed = await self._run("report", *reporting, *claiming)
+            reporting = claim.id, claim.token, transition, text, trace, progress, attempts
+            accepted, claimed = await self._run("report", *reporting, _milliseconds(delay), *claiming)
         else:
             claimed = await self._run("claim", *claiming)
-        return accepted == 1, _claim(token, claimed) if claimed else None
+        return accepted == 1, Claim._make([token, *claimed[:-1], claimed[-1] / 1000]) if claimed else None
 
     async def renew(
         self, held: Iterable[tuple[Claim, str]], lease: float
     ) -> tuple[int, list[str], list[str]]:
-        """Let the leases of these claims end `lease` seconds from now, and keep their progress, unless it is empty.
+        """Let the leases of these claims end in `lease` seconds, and keep what progress they made.
 
-        The answer: Redis's time, in milliseconds; the tokens of those that lost their job; and of those that
-        somebody asked to be cancelled.
+        Redis's time in milliseconds; the tokens that lost their job; and those that are to be cancelled.
         """
         texts = [text for claim, progress in held for text in (claim.id, claim.token, progress)]
         now, lost, cancelled = await self._run("renew", _milliseconds(lease), *texts)
         return now, lost, cancelled
 
     async def sweep(
-        self, retention: float, keep: int = 0, end_leases_by: int = 1 << 53, most: int = 500
+        self, retention: float, keep: int = 0, end_leases_by: int = NO_LIMIT, most: int = 500
     ) -> Sweep:
-        """Queue what is due, take back what has no living worker, and delete finished jobs.
+        """Queue what is due, take back what has no living worker, delete finished jobs: `most` of each.
 
-        Those that are older than `retention` seconds, and the oldest when there are more than `keep`; with 0 there is
-        no such limit. Each at `most` so many times; if there was more, the wait is 0. When Redis's time is past
-        `end_leases_by`, in milliseconds, nothing is taken back: a sweep that was held up, as the renewals of others
-        may have been, must not do that.
+        Those go that are older than `retention` seconds, and the oldest beyond `keep`; 0: no such limit. When
+        Redis's time is past `end_leases_by`, in milliseconds, nothing is taken back: this sweep was held up,
+        as the renewals of others may have been. If there was more to do, the wait is 0.
         """
-        arguments = (most, end_leases_by, _milliseconds(retention), keep)
-        ready, wait, ended = await self._run("sweep", *arguments)
+        limits = most, end_leases_by, _milliseconds(retention) or NO_LIMIT, keep or NO_LIMIT
+        ready, wait, ended = await self._run("sweep", *limits)
         return Sweep(ready, math.inf if wait < 0 else wait / 1000, ended)
 
     async def cancel(self, job_id: str) -> str | None:
@@ -1237,16 +1165,13 @@ class Store:
         return (values[0] or "", job_json(job_id, values[1:])) if any(values) else None
 
     async def page(self, status: Status | None, cursor: str, limit: int, most_bytes: int = 1 << 30) -> Page:
-        """At most `limit` jobs behind the cursor, or from the newest on if it is empty; fewer, if they are large.
+        """At most `limit` jobs behind the cursor, from the first if it is empty; fewer if they are large.
 
-        They are ordered newest first: by submission, or with a `status` by when they began to run, finished, or
-        will be due.
+        Newest first: by submission, or with a `status` by when they began to run, finished, or will be due.
         """
-        following, ids, jobs, counts = await self._run(
-            "page", status or "", cursor, limit, most_bytes, *FIELDS
-        )
-        rows = zip(ids, jobs, strict=False)  # the jobs may be fewer
-        found = [job_json(id_, values) for id_, values in rows if any(values)]
+        asked = status or "", cursor, limit, most_bytes
+        following, ids, jobs, counts = await self._run("page", *asked, *FIELDS)
+        found = [job_json(id_, job) for id_, job in zip(ids, jobs, strict=False) if any(job)]
         return Page(following, found, dict(zip(Status, counts, strict=True)))
 
     async def ping(self) -> None:
@@ -1272,11 +1197,6 @@ def _milliseconds(seconds: float) -> int:
     return math.ceil(seconds * 1000)
 
 
-def _claim(token: str, reply: list[Any]) -> Claim:
-    behind, job_id, job_type, payload, attempts, max_retries, timeout = reply
-    return Claim(token, behind, job_id, job_type, payload, attempts, max_retries, timeout / 1000)
-
-
 # ── Workers ─────────────────────────────────────────────────────────────────────────────────────
 
 TICK_SECONDS = 0.5  # how often leases are renewed and the queue is swept
@@ -1287,7 +1207,12 @@ UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of 
 TRACEBACK_MOST = 8000  # characters that are kept
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked for a sign of life
-OUR_FRAMES = ("run_handler", "Handler.__call__", "to_thread_run_sync", "Error.unwrap")  # before the handler's own
+OUR_FRAMES = (
+    "run_handler",
+    "Handler.__call__",
+    "to_thread_run_sync",
+    "Error.unwrap",
+)  # before the handler's own
 
 
 class Notifier:
@@ -1501,7 +1426,7 @@ async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
     if isinstance(result, Failure) and result.traceback:
         log.debug("the traceback:\n%s", result.traceback)
     _attempt.reset(in_context)
-    return report
+    return report and report._replace(progress=attempt.progress)
 
 
 def defer(pool: WorkerPool, claim: Claim) -> Report:

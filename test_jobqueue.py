@@ -514,7 +514,7 @@ async def test_a_host_that_cannot_be_is_a_connection_error() -> None:
         await RedisConnection("redis://redis..example").exchange([("PING",)])
 
 
-async def test_what_one_carrier_leaves_the_other_takes(nursery: trio.Nursery) -> None:
+async def test_what_one_transport_leaves_the_other_takes(nursery: trio.Nursery) -> None:
     async def transport(commands: Any) -> list[Any]:
         batches.append(len(commands))
         if len(batches) == 1:
@@ -537,7 +537,7 @@ async def test_what_one_carrier_leaves_the_other_takes(nursery: trio.Nursery) ->
     nursery.cancel_scope.cancel()
 
 
-async def test_a_bug_in_a_carrier_is_seen_and_leaves_nobody_waiting() -> None:
+async def test_a_bug_in_a_transport_is_seen_and_leaves_nobody_waiting() -> None:
     async def broken(_commands: Any) -> list[Any]:
         await wait_all_tasks_blocked()
         raise KeyError("bug")
@@ -802,17 +802,26 @@ async def test_a_claim_sent_again_gets_the_same_job_and_a_new_lease(bench: Bench
     assert bench.client.zscore("{jobqueue}:processing", first) == (bench.now + LEASE) * 1000
     assert bench.places() == {"queue": [second], "processing": [first]}
     await report(bench, claimed, "complete", "3")
-    assert (await claim(bench, "i:1")).id == second  # that one is over
+    assert await bench.store.report_and_claim(None, "i:1", LEASE) == (True, None)  # that one is over
+    assert (await claim(bench, "i:2")).id == second
 
 
-async def test_a_claim_sent_again_after_its_lease_ended_is_a_new_claim(bench: Bench) -> None:
+async def test_a_claim_that_arrives_late_takes_nothing(bench: Bench) -> None:
+    assert await bench.store.report_and_claim(None, "i:1", LEASE) == (True, None)
+    await submitted(bench, 2)
+    assert await bench.store.report_and_claim(None, "i:1", LEASE) == (True, None)
+    await claim(bench, "i:2")
+    assert await bench.store.report_and_claim(None, "i:1", LEASE) == (True, None)
+    assert len(bench.places()["queue"]) == 1
+
+
+async def test_a_claim_sent_again_after_its_lease_ended_gets_nothing(bench: Bench) -> None:
     [first] = await submitted(bench)
     await claim(bench, "i:1")
     bench.move(LEASE)
     await bench.store.sweep(0)
+    assert await bench.store.report_and_claim(None, "i:1", LEASE) == (True, None)
     assert (await claim(bench, "j:1")).id == first
-    [second] = await submitted(bench)
-    assert (await claim(bench, "i:1")).id == second
 
 
 async def test_an_ended_lease_returns_the_job_to_the_front_of_the_queue(bench: Bench) -> None:
@@ -988,8 +997,8 @@ async def ready_to_renew(bench: Bench) -> Callable[[], Any]:
 async def ready_to_sweep(bench: Bench) -> Callable[[], Any]:
     """Three are due, the leases of two ended, one of them in the last attempt, and two are to be deleted."""
     await submitted(bench, 2)
-    for transition in ("complete", "fail"):
-        await report(bench, await claim(bench, "i:1"), transition, "1")
+    for number, transition in enumerate(("complete", "fail")):
+        await report(bench, await claim(bench, f"i:{number}"), transition, "1")
     bench.move(100)
     await submitted(bench, 1)
     await submitted(bench, 1, max_retries=0)
@@ -1002,8 +1011,8 @@ async def ready_to_sweep(bench: Bench) -> Callable[[], Any]:
 
 async def too_many_finished(bench: Bench) -> Callable[[], Any]:
     await submitted(bench, 4)
-    for transition in ("complete", "fail", "complete"):
-        await report(bench, await claim(bench, "i:1"), transition, "1")
+    for number, transition in enumerate(("complete", "fail", "complete")):
+        await report(bench, await claim(bench, f"i:{number}"), transition, "1")
         bench.move(1)
     return lambda: bench.store.sweep(0, keep=1)
 
