@@ -26,7 +26,7 @@ import trio.testing
 import trustme
 
 import jobqueue
-from jobqueue import AutoPipeline, Transport, Command, RedisConnection, Store
+from jobqueue import AutoPipeline, Command, RedisConnection, Store, Transport
 
 MODULE = Path(jobqueue.__file__)
 PREFIX = "{jobqueue}:"

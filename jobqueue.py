@@ -76,7 +76,7 @@ from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ASGIFramework, ASGIReceiveCallable, ASGISendCallable, ConnectionState, Scope
+from hypercorn.typing import ConnectionState
 from msgspec import UNSET, Meta, UnsetType
 from quart import Response, has_request_context, redirect, render_template, request
 from quart_trio import QuartTrio
@@ -85,7 +85,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel
 from werkzeug import exceptions as http
-from werkzeug.datastructures import MultiDict, WWWAuthenticate
+from werkzeug.datastructures import WWWAuthenticate
 
 __version__ = "2.0.0"
 PROGRAM = os.path.basename(sys.argv[0]) or "jobqueue.py"  # a fork's own name
@@ -249,7 +249,9 @@ def _show(name: str, value: str) -> str:
         match name:
             case "traceback" if not value:
                 return "null"
-            case "job_type" | "status" | "worker" | "error" | "traceback":
+            case "worker":
+                return _json(value.partition("/")[0])  # the instance, without the number of the worker
+            case "job_type" | "status" | "error" | "traceback":
                 return _json(value)
             case "created_at" | "due_at" | "started_at" | "finished_at":
                 moment = datetime.fromtimestamp(int(value) / 1000, UTC)
@@ -789,7 +791,7 @@ local function put_back(id, attempts, due_at, ...)  -- into `delayed`; without a
   redis.call('ZREM', P .. 'processing', id)
 end
 
-local function give(id, token, lease, behind, again)  -- a Claim; nothing if the job cannot be run
+local function give(id, token, worker, lease, behind, again)  -- a Claim; nothing if the job cannot be run
   local status, held_by, job_type, payload, attempts, max_retries, timeout = unpack(
     read(id, 'status', 'token', 'job_type', 'payload', 'attempts', 'max_retries', 'timeout'))
   if again and not (status == 'processing' and held_by == token) then return end
@@ -801,23 +803,23 @@ local function give(id, token, lease, behind, again)  -- a Claim; nothing if the
   attempts = attempts + (again and 0 or 1)
   redis.call('ZADD', P .. 'processing', now + lease, id)
   redis.call('HSET', P .. 'job:' .. id, 'status', 'processing', 'attempts', attempts, 'token', token,
-    'worker', string.match(token, '^[^/]*'), 'started_at', now)
+    'worker', worker, 'started_at', now)
   return {behind, id, job_type, payload, attempts, tonumber(max_retries), timeout * 1000}
 end
 
-local function claim(token, lease)  -- a Claim; false without a token, or if there is no job
-  if token == '' then return false end
-  local worker, number = string.match(token, '^(.*):(.*)$')
-  local record = P .. 'claim:' .. worker  -- the number and the job of its last claim
-  local length, last = redis.call('LLEN', P .. 'queue'), redis.call('GET', record)
-  local last_number, last_id = string.match(last or '-1 ', '^(%S+) (.*)$')
-  if tonumber(number) <= tonumber(last_number) then  -- again: its reply was lost; or late: then nobody waits for it
-    return number == last_number and give(last_id, token, lease, length, true) or false
+local function claim(worker, number, lease)  -- a Claim; false without a worker, or if there is no job
+  if worker == '' then return false end
+  local token, record = worker .. ':' .. number, P .. 'claim:' .. worker
+  local length, last = redis.call('LLEN', P .. 'queue'), redis.call('GET', record)  -- its last number and job
+  if last and tonumber(number) <= tonumber(string.match(last, '^%d+')) then
+    -- Again, since its reply was lost; or late, and nobody waits for it any more.
+    local is_again = string.sub(last, 1, #number + 1) == number .. ' '
+    return is_again and give(string.sub(last, #number + 2), token, worker, lease, length, true) or false
   end
   for behind = length - 1, 0, -1 do
     local id = redis.call('LINDEX', P .. 'queue', -1)
     redis.call('SET', record, number .. ' ' .. id, 'PX', 60000)
-    local claimed = give(id, token, lease, behind)
+    local claimed = give(id, token, worker, lease, behind)
     redis.call('RPOP', P .. 'queue')
     if claimed then return claimed end
   end
@@ -864,13 +866,14 @@ SCRIPTS = {
         error(problem, 0)""",
     # → a Claim, or nothing
     "claim": """
-        local token, lease = unpack(ARGV)
+        local worker, number, lease = unpack(ARGV)
         may_write()
-        return claim(token, lease)""",
+        return claim(worker, number, lease)""",
     # → whether the report was accepted, and a Claim or nothing. Report before claiming: a crash in between
     # repeats a job, the other order loses one.
     "report": """
-        local id, token, transition, text, trace, progress, attempts, delay, next_token, lease = unpack(ARGV)
+        local id, token, transition, text, trace, progress, attempts, delay = unpack(ARGV)
+        local worker, number, lease = unpack(ARGV, 9)
         local held_by, status, error = unpack(read(id, 'token', 'status', 'error'))
         local accepted, due_at = held_by == token, now + delay
         if not accepted or status ~= 'processing' then  -- refused, or this very report came before
@@ -888,7 +891,7 @@ SCRIPTS = {
           put_back(id, attempts, nil, 'token', '')
         end
         if accepted and progress ~= '' then redis.call('HSET', P .. 'job:' .. id, 'progress', progress) end
-        return {accepted and 1 or 0, claim(next_token, lease)}""",
+        return {accepted and 1 or 0, claim(worker, number, lease)}""",
     # → now, the tokens that hold no job, and those that a DELETE asks to be cancelled
     "renew": """
         local lease, lost, cancelled = ARGV[1], {}, {}
@@ -1112,10 +1115,12 @@ class Store:
     ) -> tuple[bool, Claim | None]:
         """Report if there is a report, and claim for `lease` seconds if there is a fencing token.
 
-        False if the report was refused, as the job has another token by now; and the job, if there was one. The
-        same claim again gets the same job. A worker's numbers only rise: an older claim comes late, and gets none.
+        A token is "<worker>:<number>", and the numbers of a worker rise: the same one again gets the same
+        job, and an older one, which comes late, gets none. The answer: False if the report was refused, as
+        the job has another token by now; and the job, if there was one.
         """
-        accepted, claiming = 1, (token, _milliseconds(lease))
+        worker, _, number = token.rpartition(":")
+        accepted, claiming = 1, (worker, number, _milliseconds(lease))
         if report:
             claim, transition, text, trace, delay, progress = report
             attempts = claim.attempts - (transition in ("release", "defer"))  # these do not count
@@ -1226,7 +1231,8 @@ class Notifier:
         """Wake as many workers as there are jobs."""
         if jobs:
             self.count += 1
-            self._sleepers.unpark(count=jobs)
+            if self._sleepers:  # mostly there is nobody, and to ask costs less
+                self._sleepers.unpark(count=jobs)
 
     async def wait(self, seen: int) -> None:
         """Wait for the next notification, but not if there was one since `count` was `seen`."""
@@ -1287,20 +1293,24 @@ class WorkerPool:
         token = ""  # of a claim that has no reply yet: it is made again with the same one
         while report or token or not self.stopping.is_set():
             seen = self.notifier.count  # before the claim: what is submitted after it ends the wait below
+            patience = math.inf
             if not self.stopping.is_set():
                 token = token or f"{worker}:{next(self.numbers)}"
             try:
                 claim = await self._exchange(report, token)
-            except redis.RedisError:
+            except redis.RedisError as error:
                 if self.stopping.is_set():
                     return None
+                if not isinstance(error, redis.ResponseError):  # the claim may hold a job: ask again soon
+                    patience = TICK_SECONDS
             else:
                 if claim and not self.stopping.is_set():
                     self.notifier.notify(claim.behind)
                     return claim
                 report, token = Report(claim, "release") if claim else None, ""
             if not self.stopping.is_set():  # later there are no more notifications
-                await self.notifier.wait(seen)  # after an error, for the first sweep that succeeds
+                with trio.move_on_after(patience):
+                    await self.notifier.wait(seen)  # if Redis refused, for the first sweep that succeeds
         return None
 
     async def _exchange(self, report: Report | None, token: str) -> Claim | None:
@@ -1426,7 +1436,7 @@ async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
     if isinstance(result, Failure) and result.traceback:
         log.debug("the traceback:\n%s", result.traceback)
     _attempt.reset(in_context)
-    return report and report._replace(progress=attempt.progress)
+    return report._replace(progress=attempt.progress) if report and attempt.progress else report
 
 
 def defer(pool: WorkerPool, claim: Claim) -> Report:
@@ -1724,7 +1734,7 @@ def in_order(app: Any) -> Any:
 
         async def receive_until_over() -> Any:
             message = await receive()
-            # Quart takes the end of its own answer for the client going away, and would cancel hypercorn there.
+            # Quart takes the end of its own answer for the client going away, and would cancel hypercorn.
             if message["type"] == "http.disconnect" and is_over:
                 await trio.sleep_forever()
             return message
@@ -1746,7 +1756,7 @@ def problem_with(path: str, host: str) -> str:
             return "that is no address"
     except ValueError:
         return "that is no address"
-    return "" if HOST.fullmatch(host) and len(host) < 256 else f"{ascii(host[:80])} is no host name"
+    return "" if HOST.fullmatch(host) and len(host) < 256 else f"{host[:80]!a} is no host name"
 
 
 def answer(
@@ -1838,7 +1848,7 @@ def create_app(pool: WorkerPool) -> QuartTrio:
 
     @app.get("/")
     async def home() -> Any:
-        """Leads to the page; and since it asks Redis, and needs no token, tells a probe whether all is well."""
+        """Leads to the page; and tells a probe, which needs no token, whether Redis is there."""
         await store.ping()
         return redirect("/jobs")
 
@@ -1960,7 +1970,7 @@ def format_address(listener: socket.socket) -> str:
 
 
 class OnlyHTTP11(h11.Connection):
-    """What hypercorn reads of a connection: requests in HTTP/1.1, whatever else the client offers to speak."""
+    """What hypercorn reads of a connection: HTTP/1.1, whatever else the client offers to speak."""
 
     def next_event(self) -> Any:
         event = super().next_event()
@@ -1979,7 +1989,7 @@ class Client:
     """One connection of a client: hypercorn reads its requests, and writes the answers.
 
     It ends when the client goes away, takes nothing of an answer for SILENT_CLIENT_SECONDS, or sends no
-    complete request head for IDLE_CLIENT_SECONDS. What hypercorn cannot cope with ends it, too, and nothing else.
+    complete request head for IDLE_CLIENT_SECONDS. What hypercorn cannot cope with ends it alone.
     """
 
     def __init__(self, stream: trio.SocketStream) -> None:
@@ -1992,10 +2002,10 @@ class Client:
         try:
             with self._scope:
                 async with self._stream, TaskGroup() as tasks:
-                    await self._read(H11Protocol(
-                        ASGIWrapper(app), config, context, tasks, ConnectionState(cast(Any, {})), False,
-                        self._stream.socket.getpeername()[:2], self._stream.socket.getsockname()[:2], self._send,
-                    ))  # fmt: skip
+                    ends = self._stream.socket.getpeername()[:2], self._stream.socket.getsockname()[:2]
+                    state = ConnectionState(cast(Any, {}))
+                    made = ASGIWrapper(app), config, context, tasks, state, False, *ends, self._send
+                    await self._read(H11Protocol(*made))
         except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the client went away
         except* Exception as errors:
@@ -2026,7 +2036,7 @@ class Client:
             self._reading.cancel()
 
     def stop(self) -> None:
-        """Close the connection now if no request is under way; otherwise hypercorn closes it after the answer."""
+        """Close the connection now if no request is under way; otherwise hypercorn does so after it."""
         if self.is_idle:
             self._reading.cancel()
 
@@ -2083,7 +2093,7 @@ async def serve_http(app: QuartTrio, listeners: Sequence[socket.socket], pool: W
 
 
 async def guard(pool: WorkerPool, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-    """Run a task of the service. A bug in it ends the process: it is logged here, since the end may be held up."""
+    """Run a task of the service. A bug in it ends the process, and is logged at once: that may take long."""
     try:
         await task(*arguments)
     except* Exception as errors:
@@ -2096,8 +2106,8 @@ async def guard(pool: WorkerPool, task: Callable[..., Awaitable[None]], *argumen
 def stop_on_signals(pool: WorkerPool, early_signals: Iterable[int]) -> None:
     """Stop the pool at the first signal, and without any grace at the second.
 
-    A plain signal handler: it runs even while a job's handler blocks the event loop. So it only does what may be
-    done between any two instructions; the rest is the event loop's, once that goes on.
+    A plain signal handler: it runs even while a job's handler blocks the event loop. So it only does what may
+    be done between any two instructions; the rest is the event loop's, once that goes on.
     """
     token = trio.lowlevel.current_trio_token()
     graces = itertools.chain([pool.settings.shutdown_grace_seconds], itertools.repeat(0.0))
@@ -2176,8 +2186,8 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
         try:
             listeners.append(socket.create_server((name, port), family=family, backlog=BACKLOG))
         except OSError as error:
-            if (
-                error.errno == errno.EADDRINUSE or not listeners and name == names[-1]
+            if error.errno == errno.EADDRINUSE or (
+                not listeners and name == names[-1]
             ):  # or it has one family alone
                 sys.exit(f"{PROGRAM}: cannot listen on {host}, port {port}: {error.strerror}")
         else:
@@ -2188,8 +2198,8 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
 def main(resources: Resources = None) -> None:
     """Read the settings, listen, serve. A signal before and after that is only taken note of.
 
-    `resources` is what handlers share, such as a pool of connections: it is entered before the first job, and left
-    after the last.
+    `resources` is what handlers share, such as a pool of connections: it is entered before the first job, and
+    left after the last.
     """
     early_signals: list[int] = []
     for number in SIGNALS:

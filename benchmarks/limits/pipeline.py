@@ -71,10 +71,10 @@ def work() -> None:
             if slot < len(held):
                 token, (_, job_id, _, payload, attempts, *_) = held[slot]
                 result = json.dumps(peer.add(**json.loads(payload)))
-                reported = [job_id, token, "complete", result, "", attempts, 0]
-                report([PREFIX], [*reported, tokens[slot], LEASE_MS], pipe)
+                reported = [job_id, token, "complete", result, "", "", attempts, 0]
+                report([PREFIX], [*reported, *tokens[slot].split(":"), LEASE_MS], pipe)
             else:
-                claim([PREFIX], [tokens[slot], LEASE_MS], pipe)
+                claim([PREFIX], [*tokens[slot].split(":"), LEASE_MS], pipe)
         replies: list[Any] = pipe.execute()
         claims = [reply[1] if slot < len(held) else reply for slot, reply in enumerate(replies)]
         held = [(token, job) for token, job in zip(tokens, claims, strict=True) if job]
