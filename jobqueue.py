@@ -233,13 +233,15 @@ class Claim(NamedTuple):
     timeout: float  # seconds for one attempt
 
 
-def to_json(value: Any) -> str:
+def to_json(value: Any, most_bytes: float = math.inf) -> str:
     """The JSON of a result, also of dates, enums, dataclasses, UUIDs and the like; or ValueError."""
     try:
         text = _json(value)
-        text.encode()  # which refuses half of a surrogate pair
+        size = len(text.encode())  # which refuses half of a surrogate pair
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the result is not JSON: {error}") from None
+    if size > most_bytes:
+        raise ValueError(f"the result has {size:,} bytes of JSON; MAX_BODY_BYTES is {most_bytes:,}")
     return text
 
 
@@ -1212,12 +1214,8 @@ UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of 
 TRACEBACK_MOST = 8000  # characters that are kept
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked for a sign of life
-OUR_FRAMES = (
-    "run_handler",
-    "Handler.__call__",
-    "to_thread_run_sync",
-    "Error.unwrap",
-)  # before the handler's own
+# The frames of a traceback that come before the handler's own.
+OUR_FRAMES = ("run_handler", "Handler.__call__", "to_thread_run_sync", "Error.unwrap")
 
 
 class Notifier:
@@ -1385,10 +1383,7 @@ async def run_handler(attempt: Attempt, most_bytes: int) -> str | Failure:
     handler = HANDLERS[attempt.claim.job_type]
     try:
         with attempt.scope:  # inside the `try`: Trio raises here when a handler left a scope of its own open
-            result = to_json(await handler(handler.read(attempt.claim.payload)))
-            if (size := len(result.encode())) > most_bytes:
-                raise ValueError(f"the result has {size:,} bytes of JSON; MAX_BODY_BYTES is {most_bytes:,}")
-            return result
+            return to_json(await handler(handler.read(attempt.claim.payload)), most_bytes)
     except BaseException as raised:  # here, and nowhere else: a handler may raise anything
         if trio.current_effective_deadline() == -math.inf:  # not the handler: all tasks are being cancelled
             raise
@@ -1998,13 +1993,13 @@ class Client:
         self._reading = trio.CancelScope()  # which has a deadline while no request is under way
         self.is_idle = True
 
-    async def run(self, app: Any, config: hypercorn.Config, context: WorkerContext) -> None:
+    async def run(self, app: ASGIWrapper, config: hypercorn.Config, context: WorkerContext) -> None:
         try:
             with self._scope:
                 async with self._stream, TaskGroup() as tasks:
                     ends = self._stream.socket.getpeername()[:2], self._stream.socket.getsockname()[:2]
                     state = ConnectionState(cast(Any, {}))
-                    made = ASGIWrapper(app), config, context, tasks, state, False, *ends, self._send
+                    made = app, config, context, tasks, state, False, *ends, self._send
                     await self._read(H11Protocol(*made))
         except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the client went away
@@ -2057,12 +2052,13 @@ async def serve_http(app: QuartTrio, listeners: Sequence[socket.socket], pool: W
     config.errorlog = logging.getLogger("hypercorn.error")
     config.include_server_header = False
     places = trio.Semaphore(count_places(pool.settings.workers))
+    wrapped = ASGIWrapper(in_order(app))
 
     async def serve_client(stream: trio.SocketStream) -> None:
         client = Client(stream)
         clients.add(client)
         try:
-            await client.run(in_order(app), config, context)
+            await client.run(wrapped, config, context)
         finally:
             clients.remove(client)
             places.release()

@@ -1535,19 +1535,33 @@ async def test_who_loses_his_lease_is_cancelled_and_reports_nothing(
     assert "its lease was lost" in caplog.text
 
 
-async def test_a_claim_whose_reply_was_lost_is_run_all_the_same_and_counts_once(
-    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
-) -> None:
-    carry, lost = memory_bench.transport, list[Any]()
+def lose_replies(bench: Bench, times: int, is_meant: Callable[[list[Any], list[Any]], bool]) -> list[Any]:
+    """Lose the replies of so many exchanges, of commands that were carried out; those that were lost."""
+    carry, lost = bench.transport, list[Any]()
 
     async def lossy(commands: Any) -> list[Any]:
         replies = await carry(commands)
-        if not lost and any(isinstance(reply, list) and "math" in reply for reply in replies):
+        if len(lost) < times and is_meant(list(commands), replies):
             lost.append(replies)
             raise redis.ConnectionError("cut")
         return replies
 
-    memory_bench.transport = lossy
+    bench.transport = lossy
+    return lost
+
+
+def has_claim(_commands: list[Any], replies: list[Any]) -> bool:
+    return any(isinstance(reply, list) and "math" in reply for reply in replies)
+
+
+def has_report(commands: list[Any], _replies: list[Any]) -> bool:
+    return any("complete" in command for command in commands)
+
+
+async def test_a_claim_whose_reply_was_lost_is_run_all_the_same_and_counts_once(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
+) -> None:
+    lost = lose_replies(memory_bench, 1, has_claim)
     pool = await run_pool(memory_bench, nursery, max_retries=0)
     job_id = await submit_typed(memory_bench, pool, "math", '{"a": 1, "b": 2}', max_retries=0)
     job = await finished(memory_bench, job_id)
@@ -1558,16 +1572,7 @@ async def test_a_claim_whose_reply_was_lost_is_run_all_the_same_and_counts_once(
 async def test_a_claim_whose_replies_are_lost_again_and_again_counts_once(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
 ) -> None:
-    carry, lost = memory_bench.transport, list[Any]()
-
-    async def lossy(commands: Any) -> list[Any]:
-        replies = await carry(commands)
-        if len(lost) < 7 and any(isinstance(reply, list) and "math" in reply for reply in replies):
-            lost.append(replies)
-            raise redis.ConnectionError("cut")
-        return replies
-
-    memory_bench.transport = lossy
+    lost = lose_replies(memory_bench, 7, has_claim)
     pool = await run_pool(memory_bench, nursery)
     job = await finished(memory_bench, await submit_typed(memory_bench, pool, "math", '{"a": 1, "b": 2}'))
     assert (len(lost), job["status"], job["attempts"]) == (7, "completed", "1")
@@ -1576,16 +1581,7 @@ async def test_a_claim_whose_replies_are_lost_again_and_again_counts_once(
 async def test_a_report_whose_reply_was_lost_is_sent_again(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
 ) -> None:
-    carry, lost = memory_bench.transport, list[Any]()
-
-    async def lossy(commands: Any) -> list[Any]:
-        replies = await carry(commands)
-        if len(lost) < 3 and any("complete" in command for command in commands):
-            lost.append(replies)
-            raise redis.ConnectionError("cut")
-        return replies
-
-    memory_bench.transport = lossy
+    lost = lose_replies(memory_bench, 3, has_report)
     pool = await run_pool(memory_bench, nursery)
     job = await finished(memory_bench, await submit_typed(memory_bench, pool, "math", '{"a": 1, "b": 2}'))
     await trio.sleep(2)
