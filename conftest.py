@@ -180,7 +180,9 @@ class Bench:
 
     def places(self) -> dict[str, list[str]]:
         """Where every job is: the ids in each of the five places, empty ones left out, first one first."""
-        found = {"queue": self.client.lrange(PREFIX + "queue", 0, -1)[::-1]}
+        withdrawn = self.client.smembers(PREFIX + "withdrawn")
+        queue = self.client.lrange(PREFIX + "queue", 0, -1)[::-1]
+        found = {"queue": [job_id for job_id in queue if job_id not in withdrawn]}
         for place in ("delayed", "processing", "completed", "failed"):
             found[place] = self.client.zrange(PREFIX + place, 0, -1)
         return {place: ids for place, ids in found.items() if ids}

@@ -60,7 +60,7 @@ from datetime import UTC, datetime, time
 from email.message import EmailMessage
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any, NamedTuple, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import unquote, urlencode, urlsplit
 from weakref import WeakValueDictionary
 
@@ -220,17 +220,30 @@ class NewJob(NamedTuple):
     delay: float  # seconds before the first attempt
 
 
-class Claim(NamedTuple):
+class Claim(msgspec.Struct, frozen=True, array_like=True):
     """A job in the hands of a worker."""
 
     token: str  # the fencing token, which no other claim ever had
     behind: int  # jobs that were left in the queue
     id: str
-    job_type: str
-    payload: str  # an object, as JSON
-    attempts: int  # those begun, this one included
-    max_retries: int
-    timeout: float  # seconds for one attempt
+    job_type: str = ""
+    payload: str = ""  # an object, as JSON
+    attempts: Annotated[int, Meta(ge=0)] = 0  # those begun, this one included
+    max_retries: Annotated[int, Meta(ge=0)] = 0
+    timeout: Annotated[float, Meta(ge=0, le=1e9)] = 0  # seconds for one attempt
+    status: Literal["pending"] = "pending"  # before this claim
+    damage: str = ""  # what is wrong with the job, because somebody else has written to it
+
+    @classmethod
+    def read(cls, token: str, values: Sequence[Any]) -> Claim:
+        """A claim, from what the script `claim` answered."""
+        held = [token, *values]
+        try:
+            return msgspec.convert(held, cls, strict=False)
+        except msgspec.ValidationError as error:
+            place = int(re.sub(r".*\$\[(\d+)].*", r"\1", str(error)))
+            damage = f"its {cls.__struct_fields__[place]} is {held[place] or 'missing'}"
+            return cls(token, held[1], held[2], damage=f"the job is damaged: {damage}")
 
 
 def to_json(value: Any, most_bytes: float = math.inf) -> str:
@@ -554,7 +567,7 @@ class RedisConnection:
         replies: list[Any] = []
         try:
             with trio.move_on_after(REPLY_SECONDS) as patience:
-                if self._connection is None or self._is_cut_off():
+                if self._connection is None:
                     await self._connect()
                 await self._send(b"".join(map(pack_command, commands)), patience)
                 while len(replies) < len(commands):
@@ -609,13 +622,6 @@ class RedisConnection:
             self._moved = moved[1].strip("[]") or self._connection.host, int(moved[2])
         return redis.ConnectionError(text)
 
-    def _is_cut_off(self) -> bool:
-        try:  # between two exchanges Redis has nothing to say: to read anything means the end
-            socket.socket.recv(self._socket, 1, socket.MSG_PEEK)
-        except OSError as error:
-            return not isinstance(error, BlockingIOError)
-        return True
-
     async def _send(self, data: bytes, patience: trio.CancelScope) -> None:
         rest = memoryview(data)
         while rest:
@@ -666,7 +672,9 @@ class AutoPipeline:
 
     def __init__(self, *transports: Transport) -> None:
         self._transports = transports
-        self._idle = trio.lowlevel.ParkingLot()  # transports that have nothing to carry
+        self._idle: list[
+            trio.lowlevel.Task
+        ] = []  # of transports that have nothing to carry; last in, first out
         self._queue: list[tuple[Command, trio.lowlevel.Task]] = []  # each command with its caller
         self._away = False
 
@@ -680,7 +688,7 @@ class AutoPipeline:
         await trio.lowlevel.checkpoint_if_cancelled()
         self._queue.append((command, trio.lowlevel.current_task()))
         if len(self._queue) == 1:  # otherwise a transport was woken before, or none is idle
-            self._idle.unpark()
+            self._wake_transport()
         reply = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
         if isinstance(reply, Exception):
             raise reply
@@ -696,7 +704,8 @@ class AutoPipeline:
         """Carry batch after batch; give each caller its reply, or the error that befell the whole batch."""
         while True:
             while not self._queue:  # again, when another transport took what this one was woken for
-                await self._idle.park()
+                self._idle.append(trio.lowlevel.current_task())
+                await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
             batch = self._take_batch()
             lost: redis.RedisError | None = redis.ConnectionError("the connection was cut off")
             try:
@@ -719,8 +728,12 @@ class AutoPipeline:
         share = -(-len(self._queue) // (1 + len(self._idle)))
         batch, self._queue = self._queue[:share], self._queue[share:]
         if self._queue:
-            self._idle.unpark()
+            self._wake_transport()
         return batch
+
+    def _wake_transport(self) -> None:
+        if self._idle:
+            trio.lowlevel.reschedule(self._idle.pop())
 
     def _note(self, error: redis.RedisError | None) -> None:
         if error and not self._away:
@@ -762,21 +775,16 @@ local function is_stray(id, status, place)
   return type(fields) == 'table' or fields == 0  -- no job; otherwise somebody deleted the status alone
 end
 
-local function damage(name, value)  -- what is said of a field that somebody else has written to
-  return 'the job is damaged: its ' .. name .. ' is ' .. (value or 'missing')
-end
-local function damaged_number(name, text)
-  local number = tonumber(text or '')
-  return not (number and number >= 0 and number < 1e9) and damage(name, text)
+local function push(command, id, is_quiet)  -- LPUSH: last in line; RPUSH: first
+  if redis.call(command, P .. 'queue', id) > 1 or is_quiet then return end
+  -- A hint, which may fail. It says how many hear it, so that few of many come for one job.
+  redis.pcall('PUBLISH', P .. 'wake', redis.pcall('PUBSUB', 'NUMSUB', P .. 'wake')[2] or 1)
 end
 
-local function may_write() redis.call('ZREM', P .. 'processing', '') end  -- a first write, of nothing
-
-local function push(command, id)  -- LPUSH: last in line; RPUSH: first. The message is a hint: it may fail
-  if redis.call(command, P .. 'queue', id) == 1 then redis.pcall('PUBLISH', P .. 'wake', '') end
-end
+local function unlist(id) redis.call('ZREM', P .. 'started', id) end  -- as a first write it may be of nothing
 
 local function finish(id, status, ...)
+  unlist(id)
   redis.call('ZREM', P .. (status == 'failed' and 'completed' or 'failed'), id)  -- perhaps a stray
   redis.call('ZADD', P .. status, now, id)
   redis.call('HSET', P .. 'job:' .. id, 'status', status, 'finished_at', now, ...)
@@ -787,26 +795,23 @@ end
 local function fail(id, reason, token) finish(id, 'failed', 'error', reason, 'token', token or '') end
 
 local function put_back(id, attempts, due_at, ...)  -- into `delayed`; without a time, first in the queue
-  may_write()
+  unlist(id)
   if due_at then redis.call('ZADD', P .. 'delayed', due_at, id) else push('RPUSH', id) end
   redis.call('HSET', P .. 'job:' .. id, 'status', 'pending', 'attempts', attempts, ...)
   redis.call('ZREM', P .. 'processing', id)
 end
 
-local function give(id, token, worker, lease, behind, again)  -- a Claim; nothing if the job cannot be run
-  local status, held_by, job_type, payload, attempts, max_retries, timeout = unpack(
-    read(id, 'status', 'token', 'job_type', 'payload', 'attempts', 'max_retries', 'timeout'))
+local function give(id, token, worker, lease, behind, again)  -- a Claim; nothing if this is no job to run
+  local status, held_by, attempts, job_type, payload, max_retries, timeout = unpack(
+    read(id, 'status', 'token', 'attempts', 'job_type', 'payload', 'max_retries', 'timeout'))
   if again and not (status == 'processing' and held_by == token) then return end
   if not again and is_stray(id, status, 'pending') then return end
-  local reason = not KNOWN[status] and damage('status', status) or not job_type and damage('job_type')
-    or not payload and damage('payload') or damaged_number('attempts', attempts)
-    or damaged_number('max_retries', max_retries) or damaged_number('timeout', timeout)
-  if reason then return fail(id, reason) end
-  attempts = attempts + (again and 0 or 1)
+  if tonumber(attempts) and not again then attempts = attempts + 1 end
   redis.call('ZADD', P .. 'processing', now + lease, id)
-  redis.call('HSET', P .. 'job:' .. id, 'status', 'processing', 'attempts', attempts, 'token', token,
+  redis.call('ZADD', P .. 'started', now, id)
+  redis.call('HSET', P .. 'job:' .. id, 'status', 'processing', 'attempts', attempts or '', 'token', token,
     'worker', worker, 'started_at', now)
-  return {behind, id, job_type, payload, attempts, tonumber(max_retries), timeout * 1000}
+  return {behind, id, job_type, payload, attempts, max_retries, timeout, again and 'pending' or status}
 end
 
 local function claim(worker, number, lease)  -- a Claim; false without a worker, or if there is no job
@@ -818,12 +823,13 @@ local function claim(worker, number, lease)  -- a Claim; false without a worker,
     local is_again = string.sub(last, 1, #number + 1) == number .. ' '
     return is_again and give(string.sub(last, #number + 2), token, worker, lease, length, true) or false
   end
-  for behind = length - 1, 0, -1 do
+  for behind = length - 1, math.max(0, length - 1000), -1 do  -- at most so many that were cancelled
     local id = redis.call('LINDEX', P .. 'queue', -1)
     redis.call('SET', record, number .. ' ' .. id, 'PX', 60000)
     local claimed = give(id, token, worker, lease, behind)
     redis.call('RPOP', P .. 'queue')
     if claimed then return claimed end
+    redis.call('SREM', P .. 'withdrawn', id)
   end
   redis.call('SET', record, number .. ' ', 'PX', 60000)
   return false
@@ -833,13 +839,13 @@ end
 SCRIPTS = {
     # → the answer, or the one that was kept under this idempotency key. It stores all jobs or none.
     "submit": """
-        local key, answer = ARGV[1], ARGV[2]  -- then the fields of each job, its delay in ms
+        local key, answer, is_quiet = unpack(ARGV, 1, 3)  -- then the fields of each job, its delay in ms
         local kept = key ~= '' and redis.call('GET', P .. 'idempotency:' .. key)
         if kept then return kept end
         local stored, pushed = {}, 0
         local done, problem = pcall(function()
           local number = redis.call('ZREVRANGE', P .. 'history', 0, 0, 'WITHSCORES')[2] or 0
-          for i = 3, #ARGV, 6 do
+          for i = 4, #ARGV, 6 do
             local id, job_type, payload, max_retries, timeout, delay = unpack(ARGV, i, i + 5)
             local job = P .. 'job:' .. id
             if redis.call('EXISTS', job) == 0 then  -- otherwise this submission came before
@@ -848,7 +854,7 @@ SCRIPTS = {
                 'attempts', 0, 'max_retries', max_retries, 'timeout', timeout, 'created_at', now)
               redis.call('ZADD', P .. 'history', number, id)
               if delay == '0' then
-                push('LPUSH', id)
+                push('LPUSH', id, is_quiet == '1')
                 pushed = pushed + 1
               else
                 redis.call('HSET', job, 'due_at', now + delay)
@@ -869,7 +875,7 @@ SCRIPTS = {
     # → a Claim, or nothing
     "claim": """
         local worker, number, lease = unpack(ARGV)
-        may_write()
+        unlist('')
         return claim(worker, number, lease)""",
     # → whether the report was accepted, and a Claim or nothing. Report before claiming: a crash in between
     # repeats a job, the other order loses one.
@@ -879,7 +885,7 @@ SCRIPTS = {
         local held_by, status, error = unpack(read(id, 'token', 'status', 'error'))
         local accepted, due_at = held_by == token, now + delay
         if not accepted or status ~= 'processing' then  -- refused, or this very report came before
-          may_write()
+          unlist(accepted and id or '')
         elseif transition == 'complete' then
           finish(id, 'completed', 'result', text)
           if error then redis.call('HDEL', P .. 'job:' .. id, 'error', 'traceback') end  -- an earlier one
@@ -897,7 +903,7 @@ SCRIPTS = {
     # → now, the tokens that hold no job, and those that a DELETE asks to be cancelled
     "renew": """
         local lease, lost, cancelled = ARGV[1], {}, {}
-        may_write()
+        unlist('')
         for i = 2, #ARGV, 3 do
           local id, token, progress = unpack(ARGV, i, i + 2)
           local held_by, status, cancel = unpack(read(id, 'token', 'status', 'cancel'))
@@ -923,7 +929,7 @@ SCRIPTS = {
           local id, time = unpack(redis.call('ZRANGE', P .. place, 0, 0, 'WITHSCORES'))
           return {place = place, id = id, time = tonumber(time or math.huge)}
         end
-        may_write()
+        unlist('')
         for _, id in ipairs(due('delayed')) do
           if not is_stray(id, read(id, 'status')[1], 'pending') then push('LPUSH', id) end
           redis.call('ZREM', P .. 'delayed', id)
@@ -932,12 +938,13 @@ SCRIPTS = {
           local status, job_type, attempts, max_retries, cancel =
             unpack(read(id, 'status', 'job_type', 'attempts', 'max_retries', 'cancel'))
           if is_stray(id, status, 'processing') then
+            unlist(id)
             redis.call('ZREM', P .. 'processing', id)
           else
-            local reason = cancel and 'cancelled' or damaged_number('attempts', attempts)
-              or damaged_number('max_retries', max_retries) or tonumber(attempts) > tonumber(max_retries)
+            local reason = cancel and 'cancelled'
+              or (tonumber(attempts) or 0) > (tonumber(max_retries) or math.huge)
               and 'the worker died, or was silent for longer than its lease, in each attempt'
-            if reason then fail(id, reason) else put_back(id, attempts, nil, 'token', '') end
+            if reason then fail(id, reason) else put_back(id, attempts or '', nil, 'token', '') end
             ended[#ended + 1] = {id, job_type or '', attempts or '', reason and 'failed' or 'pending'}
           end
         end
@@ -957,48 +964,59 @@ SCRIPTS = {
         local next_due = first('delayed').time
         local wait = more and 0 or next_due < math.huge and math.max(0, next_due - now) or -1
         return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
-    # → the next cursor or '', ids, fields of their jobs (perhaps fewer), and how many jobs each status has
+    # → the next cursor or '', the jobs as an id and fields (perhaps fewer), how many jobs each status has
     "page": """
         local status, cursor, limit, bytes = unpack(ARGV, 1, 4)  -- then the names of the fields
-        local ids, jobs, size = {}, {}, 0
-        local function rank(place)  -- of the cursor; false if it is not there
-          if cursor == '' then return -1 end
-          if place == 'queue' then return redis.call('LPOS', P .. place, cursor) end
-          if place == 'history' then return redis.call('ZCOUNT', P .. place, cursor, '+inf') - 1 end
-          return redis.call('ZREVRANK', P .. place, cursor)
-        end
-        local function add(place)
-          local last, wanted = rank(place), limit + 1 - #ids  -- one more tells that there is a next page
-          if not last or wanted == 0 then return end
-          local found = place == 'queue' and redis.call('LRANGE', P .. place, last + 1, last + wanted)
-            or redis.call('ZREVRANGE', P .. place, last + 1, last + wanted)
-          for _, id in ipairs(found) do ids[#ids + 1] = id end
-          cursor = ''  -- the next place is listed from its beginning
-        end
-        if status == 'processing' then  -- by their start: in that place, each renewal changes the order
-          local function start(id) return (read(id, 'started_at')[1] or '') .. id end
-          local last, starts = cursor == '' and '~' or start(cursor), {}
-          for _, id in ipairs(redis.call('ZRANGE', P .. 'processing', 0, -1)) do
-            starts[id] = start(id)
-            if starts[id] < last then ids[#ids + 1] = id end
+        local after, number = string.match(cursor, '(.*):(.*)')  -- of the last job that was listed
+        local ids, numbers, jobs, size, shown = {}, {}, {}, 0, 0
+        local function add_scored(place)
+          local key, first = P .. place, 0
+          if after then
+            first = redis.call('ZREVRANK', key, after)
+            if not first then  -- it left: go on behind where it was, among those with the same score, too
+              first = redis.call('ZCOUNT', key, '(' .. number, '+inf') - 1
+              for _, id in ipairs(redis.call('ZRANGEBYSCORE', key, number, number)) do
+                if id > after then first = first + 1 end
+              end
+            end
+            first = first + 1
           end
-          table.sort(ids, function(a, b) return starts[a] > starts[b] end)
-        elseif status == 'pending' then
-          add('delayed')
-          add('queue')
+          local found = redis.call('ZREVRANGE', key, first, first + limit - #ids, 'WITHSCORES')
+          for i = 1, #found, 2 do ids[#ids + 1], numbers[#ids + 1] = found[i], found[i + 1] end
+        end
+        local function add_queued()  -- their numbers, unlike scores, are negative: -1 for the first
+          local key, first = P .. 'queue', 0
+          if after and tonumber(number) < 0 then
+            first = nil
+            for i, id in ipairs(redis.call('LRANGE', key, -number - 1, -number + 500)) do
+              if id == after then first = -number - 1 + i end  -- what came since has moved it, but not far
+            end
+            first = first or redis.call('LPOS', key, after)
+            if not first then return end  -- it was claimed, and so were all behind it
+          end
+          local found = redis.call('LRANGE', key, first, first + limit - #ids)
+          for i, id in ipairs(found) do ids[#ids + 1], numbers[#ids + 1] = id, -first - i end
+        end
+        if status == 'pending' then
+          add_scored('delayed')
+          add_queued()
         else
-          add(status == '' and 'history' or status)
+          add_scored(status == '' and 'history' or status == 'processing' and 'started' or status)
         end
-        while #jobs < math.min(#ids, limit) and size < tonumber(bytes) do
-          local held = read(ids[#jobs + 1], unpack(ARGV, 5))
-          for _, value in ipairs(held) do size = size + #(value or '') end
-          jobs[#jobs + 1] = held
+        while shown < math.min(#ids, limit) and size < tonumber(bytes) do
+          shown = shown + 1
+          local job = read(ids[shown], 'status', unpack(ARGV, 5))
+          for _, value in ipairs(job) do size = size + #(value or '') end
+          if status == '' or job[1] == status then  -- otherwise it is a stray, or was cancelled
+            job[1] = ids[shown]
+            jobs[#jobs + 1] = job
+          end
         end
-        local next = #jobs < #ids and ids[#jobs] or ''
-        if status == '' and next ~= '' then next = redis.call('ZSCORE', P .. 'history', next) end
+        local next = shown < #ids and ids[shown] .. ':' .. numbers[shown] or ''
         local function count(place) return redis.call('ZCARD', P .. place) end
-        local pending = redis.call('LLEN', P .. 'queue') + count('delayed')
-        return {next, ids, jobs, {pending, count('processing'), count('completed'), count('failed')}}""",
+        local waiting = redis.call('LLEN', P .. 'queue') - redis.call('SCARD', P .. 'withdrawn')
+        local pending = math.max(0, waiting) + count('delayed')
+        return {next, jobs, {pending, count('processing'), count('completed'), count('failed')}}""",
     # → those of the ids whose jobs are finished, or unknown
     "finished": """
         local finished = {}
@@ -1013,7 +1031,7 @@ SCRIPTS = {
         local status, held_by, job_type = unpack(read(id, 'status', 'token', 'job_type'))
         if held_by == token then return 'pending' end  -- this very request came before
         if not status or status == 'completed' or status == 'failed' then return status end
-        may_write()
+        unlist('')
         for i = 3, #ARGV do
           if status == 'processing' and ARGV[i] == job_type then
             redis.call('HSET', P .. 'job:' .. id, 'cancel', 1)
@@ -1021,8 +1039,9 @@ SCRIPTS = {
           end
         end
         fail(id, 'cancelled', token)
-        redis.call('ZREM', P .. 'delayed', id)
-        if status ~= 'processing' then redis.call('LREM', P .. 'queue', -1, id) end
+        if status == 'pending' and redis.call('ZREM', P .. 'delayed', id) == 0 then
+          redis.call('SADD', P .. 'withdrawn', id)  -- it stays in the queue, until a claim meets it there
+        end
         return status""",
     # → those of these commands that this user may not run. The others do nothing to a key of another type.
     "rights": """
@@ -1087,8 +1106,8 @@ class Store:
         self._texts = {name: "\n".join([clock, LUA_COMMON, lua]) for name, lua in SCRIPTS.items()}
         self._hashes = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._texts.items()}
 
-    async def _run(self, name: str, *arguments: str | int) -> Any:
-        return await self._twice("EVALSHA", self._hashes[name], 1, self.prefix, *arguments)
+    def _run(self, name: str, *arguments: str | int) -> Awaitable[Any]:
+        return self._twice("EVALSHA", self._hashes[name], 1, self.prefix, *arguments)
 
     async def _twice(self, *command: str | int) -> Any:
         """The reply to a command, which is sent again if the first reply was lost, or Redis is a new one."""
@@ -1101,15 +1120,18 @@ class Store:
             pass
         return await self._pipeline.call(*command)
 
-    async def submit(self, jobs: Sequence[NewJob], key: str = "", request: str = "") -> list[str] | None:
+    async def submit(
+        self, jobs: Sequence[NewJob], key: str = "", request: str = "", notify: bool = True
+    ) -> list[str] | None:
         """Put jobs into the queue, or into `delayed`, all or none; their ids.
 
         With an idempotency key, the ids that it got in the last 24 hours; None if that was for another
-        `request`, a word without spaces.
+        `request`, a word without spaces. Other instances are notified, unless that is not wanted.
         """
         answer = " ".join([request, *(job.id for job in jobs)])
         fields = [field for job in jobs for field in (*job[:4], str(job.timeout), _milliseconds(job.delay))]
-        first_request, *ids = (await self._run("submit", key, answer, *fields)).split(" ")
+        kept = await self._run("submit", key, answer, int(not notify), *fields)
+        first_request, *ids = kept.split(" ")
         return ids if first_request == request else None
 
     async def report_and_claim(
@@ -1130,7 +1152,7 @@ class Store:
             accepted, claimed = await self._run("report", *reporting, _milliseconds(delay), *claiming)
         else:
             claimed = await self._run("claim", *claiming)
-        return accepted == 1, Claim._make([token, *claimed[:-1], claimed[-1] / 1000]) if claimed else None
+        return accepted == 1, Claim.read(token, claimed) if claimed else None
 
     async def renew(
         self, held: Iterable[tuple[Claim, str]], lease: float
@@ -1177,8 +1199,8 @@ class Store:
         Newest first: by submission, or with a `status` by when they began to run, finished, or will be due.
         """
         asked = status or "", cursor, limit, most_bytes
-        following, ids, jobs, counts = await self._run("page", *asked, *FIELDS)
-        found = [job_json(id_, job) for id_, job in zip(ids, jobs, strict=False) if any(job)]
+        following, jobs, counts = await self._run("page", *asked, *FIELDS)
+        found = [job_json(job_id, values) for job_id, *values in jobs if any(values)]
         return Page(following, found, dict(zip(Status, counts, strict=True)))
 
     async def ping(self) -> None:
@@ -1212,6 +1234,7 @@ AGAIN_SECONDS = 0.2  # how long to wait before a call that failed is made again
 CALM_SECONDS = REPLY_SECONDS + 1.5  # after Redis was away: the last instance notices it so late
 UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of a job
 TRACEBACK_MOST = 8000  # characters that are kept
+FEW = 8  # instances, about, that answer a message; if none does (0.03 %), the next sweep finds the job
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked for a sign of life
 # The frames of a traceback that come before the handler's own.
@@ -1225,12 +1248,16 @@ class Notifier:
         self.count = 0
         self._sleepers = trio.lowlevel.ParkingLot()
 
+    @property
+    def sleeping(self) -> int:
+        """How many workers have nothing to do."""
+        return len(self._sleepers)
+
     def notify(self, jobs: float = math.inf) -> None:
         """Wake as many workers as there are jobs."""
         if jobs:
             self.count += 1
-            if self._sleepers:  # mostly there is nobody, and to ask costs less
-                self._sleepers.unpark(count=jobs)
+            self._sleepers.unpark(count=jobs)
 
     async def wait(self, seen: int) -> None:
         """Wait for the next notification, but not if there was one since `count` was `seen`."""
@@ -1291,46 +1318,39 @@ class WorkerPool:
         token = ""  # of a claim that has no reply yet: it is made again with the same one
         while report or token or not self.stopping.is_set():
             seen = self.notifier.count  # before the claim: what is submitted after it ends the wait below
-            patience = math.inf
             if not self.stopping.is_set():
                 token = token or f"{worker}:{next(self.numbers)}"
             try:
-                claim = await self._exchange(report, token)
-            except redis.RedisError as error:
-                if self.stopping.is_set():
-                    return None
-                if not isinstance(error, redis.ResponseError):  # the claim may hold a job: ask again soon
-                    patience = TICK_SECONDS
-            else:
-                if claim and not self.stopping.is_set():
-                    self.notifier.notify(claim.behind)
-                    return claim
-                report, token = Report(claim, "release") if claim else None, ""
-            if not self.stopping.is_set():  # later there are no more notifications
-                with trio.move_on_after(patience):
-                    await self.notifier.wait(seen)  # if Redis refused, for the first sweep that succeeds
-        return None
-
-    async def _exchange(self, report: Report | None, token: str) -> Claim | None:
-        """Report and claim. Raises redis.RedisError; but with a report not before the end of the grace."""
-        lease = self.settings.lease_seconds
-        while True:
-            try:
-                accepted, claim = await self.store.report_and_claim(report, token, lease)
+                accepted, claim = await self.store.report_and_claim(
+                    report, token, self.settings.lease_seconds
+                )
             except redis.RedisError as error:
                 self.refused(error)
-                if not report:
-                    raise
+                if self.stopping.is_set() and not report:
+                    return None
                 if trio.current_time() >= self.grace.deadline:
-                    log.warning("job %s: if it was not reported, it runs again", report.claim.id)
-                    raise
-                await trio.sleep(AGAIN_SECONDS)
+                    log.warning("job %s: if it was not reported, it runs again", report and report.claim.id)
+                    return None
+                if report:
+                    await trio.sleep(AGAIN_SECONDS)
+                elif isinstance(error, redis.ResponseError):
+                    await self.notifier.wait(seen)  # for the first sweep that succeeds
+                else:  # the claim may hold a job
+                    await trio.sleep(AGAIN_SECONDS)
                 continue
             if report and not accepted:
                 log.warning("job %s: report refused: too late, or sent twice", report.claim.id)
             elif report and report.transition in ("complete", "fail"):
                 self.answer_waiters([report.claim.id])
-            return claim
+            report, token = None, ""
+            if claim and self.stopping.is_set():
+                report = Report(claim, "release")
+            elif claim:
+                self.notifier.notify(claim.behind)
+                return claim
+            elif not self.stopping.is_set():  # later there are no more notifications
+                await self.notifier.wait(seen)
+        return None
 
 
 def leaves(error: BaseException) -> list[BaseException]:
@@ -1454,8 +1474,12 @@ async def work(pool: WorkerPool) -> None:
         nonlocal report, stopped, is_spoilt
         task, clean = trio.lowlevel.current_task(), copy_context()
         while claim := await pool.next(worker, report):
-            is_known = claim.job_type in HANDLERS
-            report = await run_attempt(pool, claim) if is_known else defer(pool, claim)
+            if claim.damage:
+                report = Report(claim, "fail", claim.damage)
+            elif claim.job_type in HANDLERS:
+                report = await run_attempt(pool, claim)
+            else:
+                report = defer(pool, claim)
             is_spoilt = bool(task.child_nurseries)
             if is_spoilt or copy_context() != clean:
                 return
@@ -1564,7 +1588,9 @@ async def listen(connection: RedisConnection, pool: WorkerPool) -> None:
             while not isinstance(reply, redis.ResponseError):
                 with trio.move_on_after(SILENCE_SECONDS) as silence:
                     reply = await connection.message()
-                    pool.notifier.notify(1)
+                    hearing = int(reply[-1]) if str(reply[-1]).isdecimal() else 1
+                    if random.random() * hearing < FEW:
+                        pool.notifier.notify(1)
                 if silence.cancelled_caught:  # perhaps a firewall forgot the connection, and nobody says so
                     with trio.fail_after(REPLY_SECONDS):
                         await connection.ping()
@@ -1686,7 +1712,7 @@ def parse_query() -> tuple[Status | None, str, int | None]:
     status, cursor, limit = query.get("status"), query.get("cursor", ""), query.get("limit")
     if status is not None and status not in list(Status):
         raise http.BadRequest(f"status must be one of: {', '.join(Status)}")
-    if cursor and not re.fullmatch(r"[0-9a-f-]{36}" if status else r"[0-9]{1,15}", cursor):
+    if cursor and not re.fullmatch(r"[0-9a-f-]{36}:-?[0-9]{1,16}", cursor):
         raise http.BadRequest(
             "cursor must be one from a Link header, with the status that was asked for there"
         )
@@ -1807,10 +1833,8 @@ def create_app(pool: WorkerPool) -> QuartTrio:
         body = cast(bytes, await request.get_data())
         jobs, is_array = parse_jobs(body, settings)
         key, fingerprint = parse_key(request.headers.getlist("Idempotency-Key"), body)
-        pool.notifier.notify(
-            len(jobs)
-        )  # now: the claims are close behind, and if they get ahead, `wake` comes
-        ids = await store.submit(jobs, key, fingerprint)
+        ids = await store.submit(jobs, key, fingerprint, notify=len(jobs) > pool.notifier.sleeping)
+        pool.notifier.notify(len(jobs))
         if ids is None:
             raise http.UnprocessableEntity("this Idempotency-Key was used for another request")
         if is_array:

@@ -498,15 +498,19 @@ async def test_redis_frozen_is_a_timeout_and_then_a_new_connection(
     assert await connection.exchange([("GET", "a")]) == ["1"]
 
 
-async def test_a_connection_that_redis_closed_between_two_exchanges_is_opened_again(
-    own_redis: Callable[..., RedisServer],
+async def test_a_call_after_a_restart_of_redis_succeeds(
+    own_redis: Callable[..., RedisServer], nursery: trio.Nursery
 ) -> None:
     server = own_redis()
-    connection = RedisConnection(server.url)
-    assert await connection.exchange([("PING",)]) == ["PONG"]
+    pipeline = AutoPipeline(*(RedisConnection(server.url).exchange for _ in range(2)))
+    nursery.start_soon(pipeline.run)
+    store = Store(pipeline)
+    async with trio.open_nursery() as both:  # so that both connections are open
+        both.start_soon(store.ping)
+        both.start_soon(store.ping)
     server.kill()
     server.start()
-    assert await connection.exchange([("PING",)]) == ["PONG"]
+    await store.ping()
 
 
 async def test_a_host_that_cannot_be_is_a_connection_error() -> None:
@@ -767,7 +771,7 @@ async def test_report_and_claim_share_a_round_trip(bench: Bench) -> None:
 
 async def test_a_refused_report_still_claims(bench: Bench) -> None:
     first, second = await submitted(bench, 2)
-    stale = (await claim(bench, "i:1"))._replace(token="i:99")
+    stale = msgspec.structs.replace(await claim(bench, "i:1"), token="i:99")
     accepted, following = await bench.store.report_and_claim(Report(stale, "complete", "3"), "i:2", LEASE)
     assert not accepted
     assert following is not None
@@ -944,7 +948,7 @@ async def test_a_cursor_that_left_its_place_ends_the_list(bench: Bench) -> None:
     cursor, _, _ = await bench.store.page(Status.PENDING, "", 2)
     for n in range(4):
         await claim(bench, f"i:{n}")
-    assert cursor == ids[2]
+    assert cursor.startswith(ids[2])
     assert (await bench.store.page(Status.PENDING, cursor, 2))[:2] == ("", [])
 
 
@@ -1440,7 +1444,7 @@ async def test_progress_is_kept_by_the_next_heartbeat_and_fenced(
     assert shown["progress"] == {"done": 0.4, "note": "page 4 of 10"}
     assert shown["worker"] == f"{socket.gethostname()}:{os.getpid()}"
     [attempt] = pool.attempts.values()
-    stale = attempt.claim._replace(token="x:1")
+    stale = msgspec.structs.replace(attempt.claim, token="x:1")
     assert (await memory_bench.store.renew([(stale, '{"done": 1}')], LEASE))[1] == ["x:1"]
     assert (await shown_job(memory_bench, job_id))["progress"] == shown["progress"]
     expected = jobqueue.Job(job_id, "pages", 1, 3)
@@ -1454,7 +1458,7 @@ async def test_progress_and_job_in_a_thread_are_those_of_its_job(handler: Regist
         return list(jobqueue.job())
 
     [job_id] = await submitted(bench)
-    claimed = (await claim(bench, "i:1"))._replace(job_type="thread", payload="{}")
+    claimed = msgspec.structs.replace(await claim(bench, "i:1"), job_type="thread", payload="{}")
     reported = await jobqueue.run_attempt(WorkerPool(bench.store, Settings()), claimed)
     assert reported
     assert json.loads(reported.text) == [job_id, "thread", 1, 3]
