@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime as dt
 import errno
 import hashlib
 import hmac
@@ -50,13 +51,14 @@ import socket
 import ssl
 import sys
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime, time
+from datetime import UTC, datetime
 from email.message import EmailMessage
 from enum import StrEnum
 from functools import partial
@@ -130,6 +132,7 @@ class Settings:
     host: str = _setting("127.0.0.1", "the address to listen on")
     port: int = _setting(8080, "the port to listen on; 0: any free one", 0, 65_535)
     workers: int = _setting(10, "jobs run at the same time; 0: only serve the API", 0, 10_000)
+    processes: int = _setting(1, "processes, each with so many workers; 0: as many as cores", 0, 256)
     max_retries: int = _setting(3, "attempts after a failed first one, for a job that does not say", 0, 100)
     retry_delay_seconds: float = _setting(0.5, "wait before the first retry; doubles with each", 0, 3600)
     job_timeout_seconds: float = _setting(
@@ -157,6 +160,10 @@ class Settings:
                     parse(text)
                     continue
             raise ValueError(f"{name.upper()} must be {wanted.format(text)}")
+        if self.processes != 1 and not self.redis_url:
+            raise ValueError("PROCESSES must be 1 without a REDIS_URL: each would have a memory of its own")
+        if self.processes != 1 and sys.platform == "win32":
+            raise ValueError("PROCESSES must be 1 on Windows, which cannot share the port")
 
     @classmethod
     def read(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -299,10 +306,7 @@ def backoff(attempt: int, first: float, jitter: Callable[[], float] = random.ran
 Function = TypeVar("Function", bound=Callable[..., Any])
 HANDLERS: dict[str, Handler] = {}
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-PAGE_FORMATS = {
-    datetime: "date-time",
-    time: "partial-time",
-}  # msgspec says so only where a time zone is asked for
+PAGE_FORMATS = {datetime: "date-time", dt.time: "partial-time"}  # msgspec gives them only with a time zone
 SMTP_SECONDS = 20.0  # longest wait for an SMTP server
 _attempt: ContextVar[Attempt] = ContextVar("_attempt")  # of the handler that runs here, or in this thread
 
@@ -929,6 +933,7 @@ SCRIPTS = {
           local id, time = unpack(redis.call('ZRANGE', P .. place, 0, 0, 'WITHSCORES'))
           return {place = place, id = id, time = tonumber(time or math.huge)}
         end
+        local function count(text) return tonumber(string.match(text or '', '^%d+$')) end
         unlist('')
         for _, id in ipairs(due('delayed')) do
           if not is_stray(id, read(id, 'status')[1], 'pending') then push('LPUSH', id) end
@@ -941,8 +946,8 @@ SCRIPTS = {
             unlist(id)
             redis.call('ZREM', P .. 'processing', id)
           else
-            local reason = cancel and 'cancelled'
-              or (tonumber(attempts) or 0) > (tonumber(max_retries) or math.huge)
+            local is_last = (count(attempts) or 0) > (count(max_retries) or math.huge)
+            local reason = cancel and 'cancelled' or is_last
               and 'the worker died, or was silent for longer than its lease, in each attempt'
             if reason then fail(id, reason) else put_back(id, attempts or '', nil, 'token', '') end
             ended[#ended + 1] = {id, job_type or '', attempts or '', reason and 'failed' or 'pending'}
@@ -1277,7 +1282,7 @@ class WorkerPool:
         self.requests = trio.CancelScope()  # around all that serve HTTP, with the same deadline
         self.crashed = False  # whether a task failed: the exit status
         self.instance = f"{socket.gethostname()}:{os.getpid()}/{secrets.token_hex(6)}"
-        self.is_open = True  # `serve` begins with False, until `inspect_redis` has looked at Redis
+        self.opened = trio.Event()  # set when `inspect_redis` has looked at Redis, or at shutdown
         self.numbers = itertools.count(1)  # of claims
         self.attempts: dict[str, Attempt] = {}  # by fencing token
         self.recent_types: set[str] = set()  # of the attempts that ended in the last tick
@@ -1293,6 +1298,7 @@ class WorkerPool:
         for attempt in self.attempts.values():
             attempt.scope.deadline = min(attempt.scope.deadline, deadline)
         self.stopping.set()
+        self.opened.set()
         self.notifier.notify()
         self.answer_waiters(list(self.waiters))
 
@@ -1307,11 +1313,6 @@ class WorkerPool:
         if isinstance(error, redis.ResponseError) and trio.current_time() >= self.quiet_until:
             self.quiet_until = trio.current_time() + QUIET_SECONDS
             log.error("Redis refused: %s", error)
-
-    async def wait_until_open(self) -> None:
-        """Wait until `inspect_redis` has looked at Redis, or the pool is stopping."""
-        while not self.is_open and not self.stopping.is_set():
-            await self.notifier.wait(self.notifier.count)
 
     async def next(self, worker: str, report: Report | None) -> Claim | None:
         """Report on the last job, until Redis has it, and claim another; None when the pool is stopping."""
@@ -1485,7 +1486,7 @@ async def work(pool: WorkerPool) -> None:
                 return
         stopped = True
 
-    await pool.wait_until_open()
+    await pool.opened.wait()
     while not stopped:
         try:
             async with trio.open_nursery() as nursery:
@@ -1529,7 +1530,7 @@ async def heartbeat(pool: WorkerPool) -> None:
 async def sweep(pool: WorkerPool) -> None:
     """Sweep, twice a second or when a job is due; and look for awaited jobs that other instances finished."""
     was_away, settings = False, pool.settings
-    await pool.wait_until_open()
+    await pool.opened.wait()
     while True:
         wait = TICK_SECONDS
         try:
@@ -1609,14 +1610,13 @@ async def open_pool(pool: WorkerPool) -> None:
         pool.crashed = True
         end_process(pool, 0)
         await trio.sleep_forever()  # nobody may go on and write to keys that are not ours
-    pool.is_open = True
-    pool.notifier.notify()
+    pool.opened.set()
 
 
 async def inspect_redis(pool: WorkerPool) -> None:
     """Open the pool once Redis is there, and say then what will not go well with it."""
     try:
-        while not pool.is_open:
+        while not pool.opened.is_set():
             with suppress(redis.ConnectionError, redis.TimeoutError):
                 await open_pool(pool)
             await trio.sleep(AGAIN_SECONDS)
@@ -1625,8 +1625,7 @@ async def inspect_redis(pool: WorkerPool) -> None:
         missing, policy = await pool.store.missing_rights(), await pool.store.eviction_policy()
     except redis.RedisError as error:
         log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
-        pool.is_open = True
-        pool.notifier.notify()
+        pool.opened.set()
         return
     if missing:
         log.error("the Redis user may not run %s; the rights that are needed: %s", ", ".join(missing), RIGHTS)
@@ -1828,7 +1827,7 @@ def create_app(pool: WorkerPool) -> QuartTrio:
             raise http.UnsupportedMediaType("the Content-Type must be application/json")
         if request.headers.get("Content-Encoding", "identity") != "identity":
             raise http.UnsupportedMediaType("the body must have no Content-Encoding")
-        if not pool.is_open:
+        if not pool.opened.is_set():
             await open_pool(pool)
         body = cast(bytes, await request.get_data())
         jobs, is_array = parse_jobs(body, settings)
@@ -1954,7 +1953,6 @@ async def serve(
     transports: list[Transport] = [each.exchange for each in redis_connections] or [memory()]
     pipeline = AutoPipeline(*transports)
     pool = WorkerPool(Store(pipeline), settings)
-    pool.is_open = False
     app = create_app(pool)
     async with trio.open_nursery() as connections:
         connections.start_soon(guard, pool, pipeline.run)
@@ -2215,15 +2213,75 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
     return listeners
 
 
+def note_signals() -> list[int]:
+    """A list of the signals that come from now on, which do nothing else."""
+    noted: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: noted.append(number))
+    return noted
+
+
+def fork_processes(count: int, listeners: Sequence[socket.socket], early_signals: list[int]) -> list[int]:
+    """Go on in `count` child processes, with the signals that came early; only they return.
+
+    This process passes signals on, starts again what dies, and ends with the worst of the exit statuses. If
+    it dies itself, the pipe that its children read from ends, and so do they.
+    """
+    if sys.platform == "win32":
+        return early_signals  # never: Settings refuses it
+    children, status, is_stopping = set[int](), 0, False
+    end_of_children, our_end = os.pipe()
+
+    def stop(number: int, _frame: object = None) -> None:
+        nonlocal is_stopping
+        is_stopping = True
+        for each in listeners:
+            each.close()  # or clients would wait in a backlog that nobody empties
+        for pid in children:
+            os.kill(pid, number)
+
+    def stop_with_parent() -> None:
+        os.read(end_of_children, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    for early in early_signals:
+        stop(early)
+    while children or not is_stopping:
+        while len(children) < count and not is_stopping:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # it meets all of the children, or none
+            if not (child := os.fork()):
+                early_signals = note_signals()
+                os.setpgrp()  # a Ctrl+C is for the parent to pass on: twice would be without any grace
+                os.close(our_end)
+                random.seed()
+                threading.Thread(target=stop_with_parent, daemon=True).start()
+            children.add(child)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            if not child:
+                return early_signals
+        child, waited = os.wait()
+        children.remove(child)
+        if is_stopping:
+            status = max(status, os.waitstatus_to_exitcode(waited) % 256)
+        else:
+            log.error(
+                "process %d is gone, with status %d: another one starts",
+                child,
+                os.waitstatus_to_exitcode(waited),
+            )
+            time.sleep(AGAIN_SECONDS)
+    sys.exit(status)
+
+
 def main(resources: Resources = None) -> None:
     """Read the settings, listen, serve. A signal before and after that is only taken note of.
 
     `resources` is what handlers share, such as a pool of connections: it is entered before the first job, and
     left after the last.
     """
-    early_signals: list[int] = []
-    for number in SIGNALS:
-        signal.signal(number, lambda number, _: early_signals.append(number))
+    early_signals = note_signals()
     settings = Settings.read(sys.argv[1:], os.environ)
     set_up_logging(settings.log_level)
     if settings.smtp_url:
@@ -2231,6 +2289,9 @@ def main(resources: Resources = None) -> None:
     if settings.host not in LOOPBACK and not settings.api_token:
         log.warning("anybody who reaches %s may use this queue: set API_TOKEN", settings.host)
     listeners = open_listeners(settings.host.strip("[]"), settings.port)
+    if settings.processes != 1:
+        count = settings.processes or os.cpu_count() or 1
+        early_signals = fork_processes(count, listeners, early_signals)
     try:
         trio.run(serve, settings, listeners, early_signals, resources)
     finally:

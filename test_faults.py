@@ -131,8 +131,12 @@ SNAPSHOT = """
 local function read(command, place, ...) return redis.call(command, KEYS[1] .. place, ...) end
 local jobs = {}
 for i, id in ipairs(read('ZRANGE', 'history', 0, -1)) do jobs[i] = {id, read('HGETALL', 'job:' .. id)} end
+local queue = {}
+for _, id in ipairs(read('LRANGE', 'queue', 0, -1)) do
+  if read('SISMEMBER', 'withdrawn', id) == 0 then queue[#queue + 1] = id end  -- not cancelled
+end
 return {jobs, #redis.call('KEYS', KEYS[1] .. 'job:*'),
-  read('LRANGE', 'queue', 0, -1), read('ZRANGE', 'delayed', 0, -1), read('ZRANGE', 'processing', 0, -1),
+  queue, read('ZRANGE', 'delayed', 0, -1), read('ZRANGE', 'processing', 0, -1),
   read('ZRANGE', 'completed', 0, -1), read('ZRANGE', 'failed', 0, -1)}
 """
 
@@ -2661,9 +2665,25 @@ class StoreMachine(RuleBasedStateMachine):
         for place in ("delayed", "processing", "completed", "failed"):
             expected = {job_id: job.until for job_id, job in self.jobs.items() if job.place == place}
             assert dict(self.client.zrange(PREFIX + place, 0, -1, withscores=True)) == expected
+        self.check_lists()
         for job_id, model in self.jobs.items():
             assert int(jobs[job_id]["attempts"]) == model.attempts <= model.max_retries + 1
             assert re.sub("cancel:.*", "cancel", jobs[job_id].get("token", "")) == model.token
+
+    def check_lists(self) -> None:
+        """Each status lists its jobs, once each, in pages of two; and counts them, whatever was cancelled."""
+        places = {"queue": "pending", "delayed": "pending"}
+        status_of = {job_id: places.get(job.place, job.place) for job_id, job in self.jobs.items()}
+        for status in jobqueue.Status:
+            cursor, found = "", list[str]()
+            while True:
+                cursor, page, counts = self.do(Store.page, status, cursor, 2)
+                found += [json.loads(job)["id"] for job in page]
+                if not cursor:
+                    break
+            expected = [job_id for job_id, each in status_of.items() if each == status]
+            assert sorted(found) == sorted(expected)
+            assert counts[status] == len(expected)
 
 
 FEW = hypothesis.settings(

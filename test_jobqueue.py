@@ -1163,6 +1163,7 @@ async def test_a_notification_before_the_wait_is_not_missed() -> None:
 
 async def run_pool(bench: Bench, nursery: trio.Nursery, workers: int = 1, **settings: Any) -> WorkerPool:
     pool = WorkerPool(bench.store, Settings(**settings))
+    pool.opened.set()
     for _ in range(workers):
         nursery.start_soon(jobqueue.work, pool)
     nursery.start_soon(jobqueue.heartbeat, pool)
@@ -1688,6 +1689,7 @@ class Api:
     def __init__(self, bench: Bench, settings: Settings) -> None:
         self.bench = bench
         self.pool = WorkerPool(bench.store, settings)
+        self.pool.opened.set()
         self.client: Any = jobqueue.create_app(self.pool).test_client()
 
     async def post(self, body: Any, content_type: str = "application/json") -> tuple[int, Any]:
@@ -2021,6 +2023,7 @@ async def test_a_wait_sees_within_half_a_second_a_job_that_ends_elsewhere(
     autojump_clock: MockClock, api: Api, nursery: trio.Nursery
 ) -> None:
     other = WorkerPool(api.bench.store, Settings())
+    other.opened.set()
     _, answer = await api.post({"job_type": "long", "payload": {"seconds": 3.25}})
     nursery.start_soon(jobqueue.work, other)
     nursery.start_soon(jobqueue.sweep, api.pool)
@@ -2094,6 +2097,7 @@ async def test_cancelling_a_running_job_cancels_its_handler_within_a_second(
             record.append(trio.current_time())
 
     other = WorkerPool(api.bench.store, Settings())
+    other.opened.set()
     nursery.start_soon(jobqueue.work, other)
     nursery.start_soon(jobqueue.heartbeat, other)
     _, answer = await api.post({"job_type": "slow", "payload": {}})
@@ -2283,6 +2287,7 @@ async def test_a_refusal_of_the_smtp_server_is_the_error_of_the_job(
     mailbox: Mailbox, bench: Bench, nursery: trio.Nursery
 ) -> None:
     pool = WorkerPool(bench.store, Settings())
+    pool.opened.set()
     nursery.start_soon(jobqueue.work, pool)
     payload = json.dumps(EMAIL | {"to": "nobody@example.com"})
     job_id = await submit_typed(bench, pool, "email", payload, max_retries=0)
