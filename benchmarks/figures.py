@@ -36,6 +36,7 @@ class Results:
 
     values: dict[tuple[str, str, str, str], list[float]] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)  # what was tried, and the reason
+    notes: list[str] = field(default_factory=list)  # what one Redis carries, in sentences
 
     def add(self, figure: str, row: str, column: str, unit: str, value: float) -> None:
         self.values.setdefault((figure, row, column, unit), []).append(value)

@@ -26,6 +26,7 @@ TITLES = {
     "memory": "Redis memory per job",
     "growth": "Drain as work grows",
     "instances": "Several instances",
+    "fleet": "What many instances cost one Redis, in its own processor time",
 }
 ONE_PROCESS, SEVERAL = "one process", "several processes"
 
@@ -84,11 +85,18 @@ def as_text(results: Results, measured: Iterable[systems.System], machine: dict[
     ]
     for figure, title in TITLES.items():
         if any(key[0] == figure for key in results.values):
-            parts.append(f"## {title}\n\n{figure_table(results, figure)}")
+            text = fleet_text(results) if figure == "fleet" else figure_table(results, figure)
+            parts.append(f"## {title}\n\n{text}")
     if results.failures:
         parts.append("## Not measured\n\n" + "\n".join(f"- {what}: {why}" for what, why in results.failures))
     parts.append(f"## What was to be reached\n\n{targets_table(targets(results))}")
     return "\n\n".join(parts) + "\n"
+
+
+def fleet_text(results: Results) -> str:
+    """The table of the fleet, whose rows have their aims beside them, and what one Redis carries."""
+    lines = [f"- {note}" for note in results.notes]
+    return "\n\n".join([targets_table(fleet_targets(results)), *(["\n".join(lines)] if lines else [])])
 
 
 def targets_table(aims: Sequence[Target]) -> str:
@@ -165,6 +173,22 @@ def targets(results: Results) -> list[Target]:
     ]
 
 
+def fleet_targets(results: Results) -> list[Target]:
+    """What the fleet was measured to cost, and what it may cost."""
+    rows = [
+        (what, unit)
+        for figure, what, column, unit in results.values
+        if (figure, column) == ("fleet", "wanted")
+    ]
+    found = (
+        (what, unit, results.median("fleet", what, "measured"), results.median("fleet", what, "wanted"))
+        for what, unit in rows
+    )
+    return [
+        at_most(what, measured, wanted, unit) for what, unit, measured, wanted in found if wanted is not None
+    ]
+
+
 def ratio(value: float | None, to: float | None) -> float | None:
     return value / to if value and to else None
 
@@ -214,7 +238,7 @@ def as_json(
             for (figure, row, column, unit), values in results.values.items()
         ],
         "not_measured": [{"what": what, "why": why} for what, why in results.failures],
-        "targets": [asdict(target) for target in targets(results)],
+        "targets": [asdict(target) for target in targets(results) + fleet_targets(results)],
     }
 
 
