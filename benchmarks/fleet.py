@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Measure what many instances on one Redis cost it, and compute up to how many it carries.
 
-    python benchmarks/fleet.py            everything, about four minutes
+    python benchmarks/fleet.py            everything, some three minutes
     python benchmarks/fleet.py --quick    100,000 waiting jobs instead of a million, about a minute
 
 What counts is Redis's own processor time: it has one thread, which all instances share. Where real processes
-would be too many, one process makes the calls of n instances, each alone on one connection, by the module's
-own Store. Real fleets of 6 and 24 processes show that the computed figures are true.
+would be too many, this one makes the calls of n instances by the module's own Store, on one connection. Real
+fleets of 6 and 24 processes stand beside them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
+from urllib.parse import urlsplit
 
 import harness
 import report
@@ -32,19 +33,19 @@ from systems import ONE_MATH, Instance, Service, Web
 
 sys.path.append(str(harness.HERE.parent))  # behind what the caller chose: run.py measures other modules, too
 import jobqueue
+from jobqueue import Status, Store
 
-T = TypeVar("T")
-Held = list[tuple[jobqueue.Claim, str]]  # the claims of one instance, and what progress each has to tell
-
-WORKERS = 100  # of an instance
 MANY, SOME = 100, 24  # instances
+WORKERS = 100  # of each
 TICKS = 2  # a second, in which an instance renews its leases and sweeps
 STORM_SWEEPS = 100  # a second and instance, when jobs fall due one after the other
 STORM_JOBS = 1000  # that fall due in a second
 CHUNK = 200  # jobs that `GET /jobs` without a limit reads at a time
 FULL_SHARE = 0.8  # of Redis's thread: beyond it, calls queue for long
+PROGRESS = '{"done": 0.5, "note": "1800 of 3600 s"}'
 SETTINGS = jobqueue.Settings()
 LEASE = SETTINGS.lease_seconds
+NUMBERS = itertools.count(1)  # of jobs and claims
 
 
 # ── Redis's own time ────────────────────────────────────────────────────────────────────────────
@@ -57,53 +58,83 @@ class Fleet:
     bench: Bench
     costs: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def waiting(self) -> int:
-        """How many jobs wait where many do."""
-        return 100_000 if self.bench.quick else 1_000_000
+    def add(self, what: str, measured: float, unit: str, wanted: float) -> None:
+        self.bench.results.add("fleet", what, "measured", unit, measured)
+        self.bench.results.add("fleet", what, "wanted", unit, wanted)
+
+    def simulate(self, step: Callable[[Fleet, Store], Awaitable[None]]) -> None:
+        """Do what is done by calls of a Store, on one connection."""
+
+        async def run() -> None:
+            pipeline = jobqueue.AutoPipeline(jobqueue.RedisConnection(self.bench.service.url).exchange)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pipeline.run)
+                store = Store(pipeline)
+                await store.finished([""])  # after which Redis knows the scripts
+                await step(self, store)
+                nursery.cancel_scope.cancel()
+
+        trio.run(run)
 
     def cpu_seconds(self) -> float:
         """Processor time that Redis used so far."""
         used = self.bench.client.info("cpu")
         return float(used["used_cpu_user"] + used["used_cpu_sys"])
 
-    def calls(self) -> int:
-        """Commands that Redis got so far from clients or scripts that matter here, refused ones included."""
-        stats = self.bench.client.info("commandstats")
-        found = [stats.get(f"cmdstat_{name}", {}) for name in ("evalsha", "publish")]
-        return sum(each.get("calls", 0) + each.get("rejected_calls", 0) for each in found)
-
-    async def cost(self, step: Callable[[], Awaitable[object]]) -> float:
-        """Processor time, in seconds, that Redis needs for a step."""
-        before = self.cpu_seconds()
-        await step()
-        return self.cpu_seconds() - before
-
     def share(self, seconds: float) -> float:
-        """The part of its one thread, in percent, that Redis uses in the next seconds."""
+        """How much of its thread, in percent, Redis uses in the next seconds."""
         begun, before = time.monotonic(), self.cpu_seconds()
         time.sleep(seconds)
         return (self.cpu_seconds() - before) / (time.monotonic() - begun) * 100
 
-    def add(self, what: str, measured: float, unit: str, wanted: float) -> None:
-        self.bench.results.add("fleet", what, "measured", unit, measured)
-        self.bench.results.add("fleet", what, "wanted", unit, wanted)
+    async def cost(
+        self, calls: Callable[[], Iterable[Awaitable[object]]], at_once: int = 1, rounds: int = 3
+    ) -> float:
+        """Processor time, in seconds, that Redis needs for some calls: the least of some rounds.
 
-    def with_store(self, step: Callable[[jobqueue.Store], Awaitable[T]]) -> T:
-        """Do what is done by calls of the Store, on a connection of its own."""
+        Whatever else the machine does makes a round dearer, and nothing makes one cheaper.
+        """
+        least = math.inf
 
-        async def run() -> T:
-            pipeline = jobqueue.AutoPipeline(jobqueue.RedisConnection(self.bench.service.url).exchange)
+        async def carry(left: Iterator[Awaitable[object]]) -> None:
+            for call in left:
+                await call
+
+        for _ in range(rounds):
+            before, left = self.cpu_seconds(), iter(calls())
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(pipeline.run)
-                result = await step(jobqueue.Store(pipeline))
-                nursery.cancel_scope.cancel()
-            return result
+                for _ in range(at_once):
+                    nursery.start_soon(carry, left)
+            least = min(least, self.cpu_seconds() - before)
+        return least
 
-        return trio.run(run)
+    def packet_cost(self) -> float:
+        """What a call costs Redis because it comes alone on its connection, while others come on theirs.
 
+        Calls that are made at once share a packet here, so this is added to those of many instances. Where
+        calls are made one by one, each is dearer by some 30 µs, as in a real fleet: Redis slept before.
+        """
+        port, times = urlsplit(self.bench.service.url).port or 0, 100
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(harness.connect(port)) for _ in range(MANY)]
+            before = self.cpu_seconds()
+            for _ in range(times):
+                for each in connections:
+                    each.sendall(b"PING\r\n")
+                for each in connections:
+                    harness.receive(each)
+            return (self.cpu_seconds() - before) / times / MANY
 
-NUMBERS = itertools.count(1)  # of jobs and claims
+    def calls(self) -> int:
+        """Scripts and messages that Redis was asked for so far, refused ones included."""
+        stats = self.bench.client.info("commandstats")
+        found = [stats.get(f"cmdstat_{name}", {}) for name in ("evalsha", "publish")]
+        return sum(each.get("calls", 0) + each.get("rejected_calls", 0) for each in found)
+
+    def calls_within(self, seconds: float) -> int:
+        before = self.calls()
+        time.sleep(seconds)
+        return self.calls() - before
 
 
 def new_job(job_type: str = "math", payload: str = '{"a": 1, "b": 2}', delay: float = 0) -> jobqueue.NewJob:
@@ -111,217 +142,143 @@ def new_job(job_type: str = "math", payload: str = '{"a": 1, "b": 2}', delay: fl
     return jobqueue.NewJob(job_id, job_type, payload, 3, 7200.0, delay)
 
 
-def long_job() -> jobqueue.NewJob:
-    return new_job("long", '{"seconds": 3600}')
+async def submit_long(store: Store, jobs: int) -> None:
+    for _ in range(jobs // WORKERS):
+        await store.submit([new_job("long", '{"seconds": 3600}') for _ in range(WORKERS)])
 
 
-async def submit(store: jobqueue.Store, jobs: Sequence[jobqueue.NewJob]) -> None:
-    for start in range(0, len(jobs), 1000):
-        await store.submit(jobs[start : start + 1000])
+async def submit_due(store: Store, jobs: int) -> None:
+    """Jobs that fall due one after the other, from a second from now on."""
+    for start in range(0, jobs, STORM_JOBS):
+        few = range(start, min(jobs, start + STORM_JOBS))
+        await store.submit([new_job(delay=1 + number / STORM_JOBS) for number in few])
 
 
-async def side_by_side(count: int, step: Callable[[int], Awaitable[object]]) -> None:
-    async with trio.open_nursery() as nursery:
-        for number in range(count):
-            nursery.start_soon(step, number)
+async def sweep(store: Store, keep: int = SETTINGS.keep_jobs) -> None:
+    await store.sweep(SETTINGS.retention_seconds, keep)
 
 
-# ── Computed: the calls of n instances, made by one process ─────────────────────────────────────
+# ── Computed: the calls of n instances ──────────────────────────────────────────────────────────
 
 
-async def occupy(store: jobqueue.Store, instances: int) -> list[Held]:
-    """Let all workers of so many instances have a job; what each instance holds."""
-    await submit(store, [long_job() for _ in range(instances * WORKERS)])
-    held: list[Held] = [[] for _ in range(instances)]
+async def busy(fleet: Fleet, store: Store, instances: int, wanted: float) -> list[jobqueue.Claim]:
+    """All workers run jobs that tell their progress once a second, so with each second renewal."""
+    await submit_long(store, instances * WORKERS)
+    held: list[list[jobqueue.Claim]] = [[] for _ in range(instances)]
+    for instance, worker in itertools.product(range(instances), range(WORKERS)):
+        _, claim = await store.report_and_claim(None, f"host:{instance}/fleet:{worker}:1", 600)
+        held[instance] += [claim] if claim else []
 
-    async def claim(instance: int) -> None:
-        for worker in range(WORKERS):
-            _, claimed = await store.report_and_claim(None, f"host:{instance}/fleet:{worker}:1", 600)
-            if not claimed:
-                raise harness.MeasurementError("there were fewer jobs than workers")
-            held[instance].append((claimed, ""))
+    def renewals() -> Iterator[Awaitable[object]]:
+        for progress, claims in itertools.product(("", PROGRESS), held):
+            yield store.renew([(claim, progress) for claim in claims], LEASE)
 
-    await side_by_side(instances, claim)
-    return held
-
-
-def heartbeats(fleet: Fleet, instances: int, wanted: float) -> None:
-    """All workers are busy with jobs that tell their progress once a second, so at each second tick."""
-
-    async def measure(store: jobqueue.Store) -> None:
-        held = await occupy(store, instances)
-
-        async def renew() -> None:
-            for progress in ("", '{"done": 0.5, "note": "1800 of 3600 s"}') * 2:
-                for claims in held:
-                    await store.renew([(claim, progress) for claim, _ in claims], LEASE)
-
-        async def sweep() -> None:
-            for _ in range(4 * instances):
-                await store.sweep(SETTINGS.retention_seconds, SETTINGS.keep_jobs)
-
-        renewing, sweeping = await fleet.cost(renew), await fleet.cost(sweep)
-        share = (renewing + sweeping) / 4 * TICKS * 100
-        fleet.costs[f"heartbeats of {instances}"] = share
-        fleet.costs["sweep"] = sweeping / 4 / instances
-        fleet.add(f"heartbeats, {instances} instances x {WORKERS} workers, all busy", share, " %", wanted)
-        if instances == MANY:
-            await storm(fleet, store)
-            await read_running(fleet, store, held)
-
-    fleet.bench.empty()
-    fleet.with_store(measure)
+    renewing = await fleet.cost(renewals)
+    sweeping = await fleet.cost(lambda: (sweep(store) for _ in range(2 * instances)))
+    share = (renewing + sweeping) / 2 * TICKS * 100
+    fleet.costs[f"{instances} busy"] = share
+    fleet.add(f"heartbeats, {instances} instances x {WORKERS} workers, all busy", share, " %", wanted)
+    return list(itertools.chain(*held))
 
 
-async def storm(fleet: Fleet, store: jobqueue.Store) -> None:
-    """Jobs fall due one after the other, so each instance sweeps as often as it ever does."""
-    sweeps = 0
+async def some_busy(fleet: Fleet, store: Store) -> None:
+    await busy(fleet, store, SOME, wanted=4)
 
-    async def sweep() -> None:
-        nonlocal sweeps
-        until = time.monotonic() + 2.5
-        while time.monotonic() < until:
-            await store.sweep(SETTINGS.retention_seconds, SETTINGS.keep_jobs)
-            sweeps += 1
 
-    await submit(store, [new_job(delay=1 + number / STORM_JOBS) for number in range(STORM_JOBS)])
-    whole = await fleet.cost(sweep)
-    a_job = max(0.0, whole - sweeps * fleet.costs["sweep"]) / STORM_JOBS
-    share = (MANY * STORM_SWEEPS * fleet.costs["sweep"] + STORM_JOBS * a_job) * 100
+async def many_busy(fleet: Fleet, store: Store) -> None:
+    """Heartbeats; a retry storm, in which each instance sweeps as often as it ever does; and readers."""
+    running = await busy(fleet, store, MANY, wanted=15)
+    sweeps = MANY * STORM_SWEEPS
+    in_vain = await fleet.cost(lambda: (sweep(store) for _ in range(sweeps)), at_once=MANY)
+    fleet.costs["sweep"] = in_vain / sweeps + fleet.costs["packet"]
+    await submit_due(store, STORM_JOBS)
+    await trio.sleep(2.1)
+    queueing = await fleet.cost(lambda: (sweep(store) for _ in range(3)), rounds=1)
+    share = (queueing + sweeps * fleet.costs["sweep"]) * 100
     fleet.add(f"retry storm, {MANY} instances, {STORM_JOBS:,} jobs due a second", share, " %", 50)
 
-
-async def read_running(fleet: Fleet, store: jobqueue.Store, held: list[Held]) -> None:
-    """A page of what runs, and all pages, beside those of a list that needs no order of its own."""
-    running, some = f"?status=processing, {MANY * WORKERS:,} running", 10
-
-    async def first(status: jobqueue.Status | None) -> None:
-        for _ in range(some):
-            await store.page(status, "", CHUNK)
-
-    plain_page = await fleet.cost(lambda: first(None)) / some
-    page = await fleet.cost(lambda: first(jobqueue.Status.PROCESSING)) / some
-    fleet.add(f"{running}: a page", page * 1000, " ms", 1.5 * plain_page * 1000)
-    plain = await fleet.cost(lambda: read_all(store, None))
-    whole = await fleet.cost(lambda: read_all(store, jobqueue.Status.PROCESSING))
-    fleet.add(f"{running}: the whole list", whole * 1000, " ms", 1.5 * plain * 1000)
-
-    waiters, ticks = [claim.id for claims in held[:10] for claim, _ in claims], 20
-
-    async def ask() -> None:
-        for _ in range(ticks):
-            await store.finished(waiters)
-
-    a_waiter = await fleet.cost(ask) / ticks / len(waiters)
-    fleet.add("?wait=, a waiter and tick", a_waiter * 1e6, " µs", 2)
+    for name, read in (("a page", store.page), ("the whole list", partial(read_all, store))):
+        plain = await fleet.cost(lambda: [read(None, "", CHUNK)])  # noqa: B023
+        cost = await fleet.cost(lambda: [read(Status.PROCESSING, "", CHUNK)])  # noqa: B023
+        what = f"?status=processing, {len(running):,} running: {name}"
+        fleet.add(what, cost * 1000, " ms", 1.5 * plain * 1000)
+    waiters, ticks = [claim.id for claim in running[:1000]], 20
+    waiting = await fleet.cost(lambda: (store.finished(waiters) for _ in range(ticks)))
+    fleet.add("?wait=, a waiter and tick", waiting / ticks / len(waiters) * 1e6, " µs", 2)
 
 
-async def read_all(store: jobqueue.Store, status: jobqueue.Status | None) -> int:
-    cursor, jobs = "", 0
-    while True:
-        page = await store.page(status, cursor, CHUNK)
-        cursor, jobs = page.cursor, jobs + len(page.jobs)
-        if not cursor:
-            return jobs
+async def read_all(store: Store, status: Status | None, cursor: str, limit: int) -> None:
+    while cursor := (await store.page(status, cursor, limit)).cursor:
+        pass
 
 
-def waiting(fleet: Fleet) -> None:
+async def many_waiting(fleet: Fleet, store: Store) -> None:
     """A long queue: read as a whole, and some of its jobs deleted, from all over it."""
-
-    async def measure(store: jobqueue.Store) -> None:
-        before, ids = fleet.bench.redis_bytes(), []
-        for _ in range(fleet.waiting // 1000):
-            ids += await store.submit([new_job() for _ in range(1000)]) or []
-        fleet.costs["bytes"] = (fleet.bench.redis_bytes() - before) / len(ids)
-        some = ids[500 :: len(ids) // 40]
-
-        async def delete() -> None:
-            for job_id in some:
-                await store.cancel(job_id)
-
-        where = f"{len(ids):,} waiting"
-        listing = await fleet.cost(lambda: read_all(store, jobqueue.Status.PENDING))
-        fleet.add(f"?status=pending, the whole list, {where}", listing, " s", 5 * len(ids) / 1e6)
-        fleet.add(f"DELETE, {where}", await fleet.cost(delete) / len(some) * 1000, " ms", 1)
-
-    fleet.bench.empty()
-    fleet.with_store(measure)
-    fleet.bench.empty()
+    empty, ids = fleet.bench.redis_bytes(), list[str]()
+    for _ in range(100 if fleet.bench.quick else 1000):
+        ids += await store.submit([new_job() for _ in range(1000)]) or []
+    fleet.costs["bytes"] = (fleet.bench.redis_bytes() - empty) / len(ids)
+    some = ids[500 :: len(ids) // 40]
+    reading = await fleet.cost(lambda: [read_all(store, Status.PENDING, "", CHUNK)], rounds=1)
+    deleting = await fleet.cost(lambda: (store.cancel(job_id) for job_id in some), rounds=1)
+    fleet.add(f"?status=pending, {len(ids):,} waiting: the whole list", reading, " s", 5 * len(ids) / 1e6)
+    fleet.add(f"DELETE, {len(ids):,} waiting", deleting / len(some) * 1000, " ms", 1)
 
 
-def life_of_a_job(fleet: Fleet) -> None:
-    """What Redis needs for a short job, which is submitted alone, run by one of ten workers, and deleted."""
-    jobs = 5000 if fleet.bench.quick else 20_000
+async def short_jobs(fleet: Fleet, store: Store) -> None:
+    """What a short job costs Redis: it is submitted alone, run by one of ten workers, and deleted."""
+    jobs = 5000
 
-    async def measure(store: jobqueue.Store) -> None:
-        async def submit_some(_: int) -> None:
-            for _ in range(jobs // 32):
-                await store.submit([new_job()])
+    async def work(worker: int) -> None:
+        done = None
+        while claim := (await store.report_and_claim(done, f"host:1/fleet:{worker}:{next(NUMBERS)}", LEASE))[
+            1
+        ]:
+            done = jobqueue.Report(claim, "complete", "3")
 
-        async def run_all(worker: int) -> None:
-            done: jobqueue.Report | None = None
-            while True:
-                token = f"host:1/life:{worker}:{next(NUMBERS)}"
-                _, claim = await store.report_and_claim(done, token, LEASE)
-                if not claim:
-                    return
-                done = jobqueue.Report(claim, "complete", "3")
+    def add(name: str, cost: float) -> None:
+        fleet.costs[name] = min(cost / jobs, fleet.costs.get(name, math.inf))
 
-        async def delete_all() -> None:
-            while (await store.sweep(SETTINGS.retention_seconds, keep=1)).wait == 0:
-                pass
-
-        for name, step in (
-            ("submit", lambda: side_by_side(32, submit_some)),
-            ("run", lambda: side_by_side(10, run_all)),
-            ("delete", delete_all),
-        ):
-            fleet.costs[name] = await fleet.cost(step) / (jobs // 32 * 32)
-
-    fleet.bench.empty()
-    fleet.with_store(measure)
+    for _ in range(3):
+        add(
+            "submit", await fleet.cost(lambda: (store.submit([new_job()]) for _ in range(jobs)), 32, rounds=1)
+        )
+        add("run", await fleet.cost(lambda: map(work, range(10)), at_once=10, rounds=1))
+        add("delete", await fleet.cost(lambda: (sweep(store, keep=1) for _ in range(jobs // 500)), rounds=1))
 
 
-def wake_ups(fleet: Fleet) -> None:
-    """One POST to a real instance whose workers are free, while many others, which are idle, listen."""
-    posts, url = 20, fleet.bench.service.url
+async def wake_ups(fleet: Fleet, store: Store) -> None:
+    """POST to a real instance whose workers are free, while many others, which are idle, listen."""
+    posts, messages = 20, 0
 
-    async def measure(store: jobqueue.Store) -> None:
-        messages, one_by_one = (
-            0,
-            trio.Lock(),
-        )  # each claim comes from another instance, so none share a packet
-
-        async def listen(number: int) -> None:
-            nonlocal messages
-            connection = jobqueue.RedisConnection(url)
+    async def listen(number: int) -> None:
+        nonlocal messages
+        connection = jobqueue.RedisConnection(fleet.bench.service.url)
+        try:
             await connection.exchange([("SUBSCRIBE", f"{store.prefix}wake")])
-            ready.release()
             while True:
                 await connection.message()
                 messages += 1
-                async with one_by_one:
-                    await store.report_and_claim(None, f"host:{number}/idle:1:{next(NUMBERS)}", LEASE)
+                await store.report_and_claim(None, f"host:{number}/fleet:1:{next(NUMBERS)}", LEASE)
+        finally:
+            connection.hang_up()
 
-        async def post_all() -> None:
-            for _ in range(posts):
-                harness.exchange(to_instance, ONE_MATH)
-                await trio.sleep(0.05)
+    async def post() -> None:
+        harness.exchange(to_instance, ONE_MATH)
+        await trio.sleep(0.05)
 
-        ready = trio.Semaphore(0)
+    with fleet.bench.service.running(10) as [instance], harness.connect(instance.port) as to_instance:
+        harness.exchange(to_instance, ONE_MATH)
         async with trio.open_nursery() as listeners:
             for number in range(MANY):
                 listeners.start_soon(listen, number)
-                await ready.acquire()
-            cost = await fleet.cost(post_all)
+            await trio.sleep(1)  # until all listen, and the instance has made itself ready
+            messages = 0
+            cost = await fleet.cost(lambda: (post() for _ in range(posts)), rounds=1)
             listeners.cancel_scope.cancel()
-        fleet.add(f"one POST, {MANY} idle instances: messages", messages / posts, "", 0)
-        fleet.add(f"one POST, {MANY} idle instances: Redis's time", cost / posts * 1000, " ms", 0.3)
-
-    fleet.bench.empty()
-    with fleet.bench.service.running(10) as [instance], harness.connect(instance.port) as to_instance:
-        harness.exchange(to_instance, ONE_MATH)  # by which all is loaded
-        fleet.with_store(measure)
+    cost = (cost + messages * fleet.costs["packet"]) / posts
+    fleet.add(f"one POST, {MANY} idle instances: messages", messages / posts, "", 0)
+    fleet.add(f"one POST, {MANY} idle instances: Redis's time", cost * 1000, " ms", 0.3)
 
 
 # ── Real processes ──────────────────────────────────────────────────────────────────────────────
@@ -339,51 +296,35 @@ def processes(service: Service, count: int) -> Iterator[list[Instance]]:
             for instance in few:
                 instance.wait()
             started += few
+        time.sleep(1)  # until all have found Redis, and are at rest
         yield started
 
 
-def real(fleet: Fleet, count: int, wanted: float) -> None:
+def real(fleet: Fleet, count: int, wanted: float, in_storm: float) -> None:
     """A fleet that is idle, then has all its workers busy, and then meets a retry storm beside."""
-    seconds = 3.0 if fleet.bench.quick else 8.0
-    fleet.bench.empty()
-    fleet.with_store(lambda store: store.ping())
+    seconds, jobs = 3.0 if fleet.bench.quick else 8.0, count * WORKERS
     named = f"{count} real processes x {WORKERS} workers"
-    with processes(fleet.bench.service, count) as started:
-        clients = fleet.bench.client.info("clients")["connected_clients"] - 1
-        fleet.costs["connections"] = clients / count
-        wake_real(fleet, named, count)
-        fleet.with_store(lambda store: submit(store, [long_job() for _ in range(count * WORKERS)]))
-        harness.wait_until(lambda: busy_workers(started[0]) == count * WORKERS, seconds=30, every=0.2)
+    with processes(fleet.bench.service, count):
+        clients = fleet.bench.client.info("clients")["connected_clients"]
+        fleet.costs["connections"] = (clients - 1) / count
+        if count == SOME:
+            wake_real(fleet, named)
+        fleet.simulate(lambda _, store: submit_long(store, jobs))
+        harness.wait_until(lambda: fleet.bench.client.zcard("{jobqueue}:processing") == jobs, seconds=30)
         time.sleep(2)  # for the last of them to settle
-        busy = fleet.share(seconds)
-        fleet.add(f"{named}, all busy", busy, " %", wanted)
-        due = range(round((seconds + 2) * STORM_JOBS))
-        delayed = [new_job(delay=1 + number / STORM_JOBS) for number in due]
-        fleet.with_store(lambda store: submit(store, delayed))
+        fleet.add(f"{named}, all busy", fleet.share(seconds), " %", wanted)
+        fleet.simulate(lambda _, store: submit_due(store, round(STORM_JOBS * (seconds + 1))))
         time.sleep(1)
-        fleet.add(f"{named}, all busy, and a retry storm", fleet.share(seconds), " %", 3 * wanted)
-    fleet.bench.empty()
+        fleet.add(f"{named}, all busy, and a retry storm", fleet.share(seconds), " %", in_storm)
 
 
-def busy_workers(instance: Instance) -> int:
-    """How many jobs are running, by the header of a list."""
-    with harness.connect(instance.port) as connection:
-        connection.sendall(harness.get("/jobs?limit=1"))
-        head = harness.receive(connection).decode().lower()
-    found = head.partition("job-counts:")[2].partition("processing=")[2]
-    return int("".join(itertools.takewhile(str.isdigit, found)))
-
-
-def wake_real(fleet: Fleet, named: str, count: int) -> None:
+def wake_real(fleet: Fleet, named: str) -> None:
     """Calls for one POST to an instance that has no worker, while all others are idle: few come in vain."""
     posts, pause = 20, 0.1
     with fleet.bench.service.running(0) as [entrance], harness.connect(entrance.port) as connection:
         harness.exchange(connection, ONE_MATH)
         time.sleep(1)
-        before = fleet.calls()
-        time.sleep(posts * pause)
-        at_rest = fleet.calls() - before
-        before = fleet.calls()
+        at_rest, before = fleet.calls_within(posts * pause), fleet.calls()
         for _ in range(posts):
             harness.exchange(connection, ONE_MATH)
             time.sleep(pause)
@@ -391,23 +332,19 @@ def wake_real(fleet: Fleet, named: str, count: int) -> None:
     fleet.add(f"{named}, all idle: calls for one POST elsewhere", calls, "", 10)
 
 
-def refusals(fleet: Fleet) -> None:
-    """Calls a second of one instance whose idle workers were woken by mistake while Redis refuses all."""
-    client = cast(Any, fleet.bench.client)
-    fleet.bench.empty()
+def refusals(fleet: Fleet, what: str, refuse: str, allow: str) -> None:
+    """Calls a second of one instance whose idle workers were woken while Redis refuses them."""
+    execute = cast(Any, fleet.bench.client.execute_command)
     with processes(fleet.bench.service, 1):
-        time.sleep(1)
-        client.execute_command("ACL", "SETUSER", "default", "-evalsha")
+        execute(*refuse.split())
         try:
             for _ in range(2 * WORKERS):
-                client.publish("{jobqueue}:wake", "")
+                execute("PUBLISH", "{jobqueue}:wake", "")
             time.sleep(1)
-            before = fleet.calls()
-            time.sleep(2)
-            rate = (fleet.calls() - before) / 2
+            rate = fleet.calls_within(2) / 2
         finally:
-            client.execute_command("ACL", "SETUSER", "default", "+evalsha")
-    fleet.add(f"Redis refuses, {WORKERS} idle workers of one instance: calls a second", rate, "", 10)
+            execute(*allow.split())
+    fleet.add(f"Redis {what}, one instance of {WORKERS} idle workers: calls a second", rate, "", 10)
 
 
 # ── One Redis carries … ─────────────────────────────────────────────────────────────────────────
@@ -416,29 +353,27 @@ def refusals(fleet: Fleet) -> None:
 def carries(fleet: Fleet) -> list[str]:
     """Up to where one Redis goes, on paper, by what was measured."""
     costs, full = fleet.costs, FULL_SHARE * 100
-    some, many = costs[f"heartbeats of {SOME}"], costs[f"heartbeats of {MANY}"]
-    # The share of n instances is a·n + b·n²: b is 0 when each of them costs the same however many there are.
-    b = max(0.0, (many / MANY - some / SOME) / (MANY - SOME))
-    a = many / MANY - b * MANY
-    busy = (math.sqrt(a * a + 4 * b * full) - a) / (2 * b) if b > 1e-9 else full / a
+    # The share of n instances is a·n + b·n²: b is 0 where one costs the same however many there are.
+    some, many = costs[f"{SOME} busy"] / SOME, costs[f"{MANY} busy"] / MANY
+    b = max(1e-9, (many - some) / (MANY - SOME))
+    a = many - b * MANY
     most_clients = int(fleet.bench.client.config_get("maxclients")["maxclients"] or 0)
     limits = {
-        "the heartbeats of their workers, all busy": busy,
+        "the heartbeats": (math.sqrt(a * a + 4 * b * full) - a) / (2 * b),
         "the sweeps of a retry storm": FULL_SHARE / (STORM_SWEEPS * costs["sweep"]),
         f"its {most_clients:,} connections (`maxclients`)": most_clients / costs["connections"],
     }
-    first = min(limits, key=lambda name: limits[name])
-    others = "; ".join(
-        f"{name}, at {limits[name]:,.0f}" for name in sorted(limits, key=lambda n: limits[n])[1:]
-    )
-    steps = [costs[name] * 1e6 for name in ("submit", "run", "delete")]
+    (first, instances), *rest = sorted(limits.items(), key=lambda item: item[1])
+    others = ", ".join(f"{name} at {limit:,.0f}" for name, limit in rest)
+    submit, run, delete = (costs[name] * 1e6 for name in ("submit", "run", "delete"))
+    jobs = full * 1e4 / (submit + run + delete)
+    one, most_waiting = costs["bytes"], 1e3 / costs["bytes"]
     return [
-        f"One Redis carries {limits[first]:,.0f} instances of {WORKERS} workers, {limits[first] * WORKERS:,.0f} "
-        f"workers in all, with {full:.0f} % of its thread in use. First, {first} give way; then {others}.",
-        f"One Redis carries {FULL_SHARE / sum(steps) * 1e6:,.0f} short jobs a second, each submitted alone, run "
-        f"and deleted: {steps[0]:.0f} + {steps[1]:.0f} + {steps[2]:.0f} µs of its thread, which gives way first.",
-        f"One Redis carries {1e9 / costs['bytes'] / 1e6:.1f} million waiting jobs in a gigabyte: "
-        f"{costs['bytes']:.0f} bytes each. Its memory gives way first.",
+        f"One Redis carries {instances:,.0f} instances, {instances * WORKERS:,.0f} busy workers, with "
+        f"{full:.0f} % of its thread in use. First, {first} give way; then {others}.",
+        f"One Redis carries {jobs:,.0f} short jobs a second at {full:.0f} % of its thread: {submit:.0f} µs "
+        f"to submit one, {run:.0f} to claim and report it, {delete:.0f} to delete it later.",
+        f"One Redis carries {most_waiting:.1f} million waiting jobs in a gigabyte, {one:.0f} bytes each.",
     ]
 
 
@@ -446,31 +381,35 @@ def carries(fleet: Fleet) -> list[str]:
 
 
 def measure(bench: Bench) -> None:
-    """The whole table, into the results."""
+    """The whole table, and the last lines, into the results."""
     fleet = Fleet(bench)
-    heartbeats(fleet, SOME, wanted=4)
-    heartbeats(fleet, MANY, wanted=15)
-    life_of_a_job(fleet)
-    wake_ups(fleet)
-    refusals(fleet)
-    real(fleet, 6, wanted=1)
-    real(fleet, SOME, wanted=4)
-    waiting(fleet)
+    fleet.costs["packet"] = fleet.packet_cost()
+    right, writes = "ACL SETUSER default {}evalsha", "CONFIG SET min-replicas-to-write {}"
+    steps: list[Callable[[], None]] = [
+        *(partial(fleet.simulate, step) for step in (some_busy, many_busy, short_jobs, wake_ups)),
+        partial(refusals, fleet, "refuses scripts", right.format("-"), right.format("+")),
+        partial(refusals, fleet, "takes no writes", writes.format(1), writes.format(0)),
+        partial(real, fleet, 6, wanted=1, in_storm=10),
+        partial(real, fleet, SOME, wanted=4, in_storm=25),
+        partial(fleet.simulate, many_waiting),
+    ]
+    for step in steps:
+        bench.empty()
+        step()
     bench.results.notes += carries(fleet)
+    bench.empty()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what many instances cost one Redis.")
     parser.add_argument("--quick", action="store_true", help="100,000 waiting jobs instead of a million")
-    parser.add_argument("--json", action="store_true", help="print every value as JSON")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("fleet.py: stopped"))
     results = Results()
     with harness.private_redis() as (client, url):
         service = Service(Path(jobqueue.__file__).resolve(), client, url)
         measure(Bench(client, results, service, Web("quart-trio", "quart"), arguments.quick))
-    rows = [[what, column, unit, *values] for (_, what, column, unit), values in results.values.items()]
-    print(json.dumps(rows, indent=1) if arguments.json else report.fleet_text(results))
+    print(report.fleet_text(results))
 
 
 if __name__ == "__main__":
