@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure what many instances on one Redis cost it, and compute up to how many it carries.
 
-    python benchmarks/fleet.py            everything, some three minutes
+    python benchmarks/fleet.py            everything, some four minutes
     python benchmarks/fleet.py --quick    100,000 waiting jobs instead of a million, about a minute
 
 What counts is Redis's own processor time: it has one thread, which all instances share. Where real processes
@@ -26,6 +26,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import harness
+import redis
 import report
 import trio
 from figures import Bench, Results
@@ -63,7 +64,7 @@ class Fleet:
         self.bench.results.add("fleet", what, "wanted", unit, wanted)
 
     def simulate(self, step: Callable[[Fleet, Store], Awaitable[None]]) -> None:
-        """Do what is done by calls of a Store, on one connection."""
+        """Do what is done by calls of a Store, on one connection. Raises MeasurementError if that fails."""
 
         async def run() -> None:
             pipeline = jobqueue.AutoPipeline(jobqueue.RedisConnection(self.bench.service.url).exchange)
@@ -74,7 +75,13 @@ class Fleet:
                 await step(self, store)
                 nursery.cancel_scope.cancel()
 
-        trio.run(run)
+        try:
+            trio.run(run)
+        except ExceptionGroup as group:
+            error: Exception = group
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
+            raise harness.MeasurementError(f"{type(error).__name__}: {error}") from group
 
     def cpu_seconds(self) -> float:
         """Processor time that Redis used so far."""
@@ -269,11 +276,11 @@ async def wake_ups(fleet: Fleet, store: Store) -> None:
 
     with fleet.bench.service.running(10) as [instance], harness.connect(instance.port) as to_instance:
         harness.exchange(to_instance, ONE_MATH)
+        await trio.sleep(1)  # until the instance is at rest: a message must not meet a subscription
         async with trio.open_nursery() as listeners:
             for number in range(MANY):
                 listeners.start_soon(listen, number)
-            await trio.sleep(1)  # until all listen, and the instance has made itself ready
-            messages = 0
+            await trio.sleep(1)
             cost = await fleet.cost(lambda: (post() for _ in range(posts)), rounds=1)
             listeners.cancel_scope.cancel()
     cost = (cost + messages * fleet.costs["packet"]) / posts
@@ -385,18 +392,26 @@ def measure(bench: Bench) -> None:
     fleet = Fleet(bench)
     fleet.costs["packet"] = fleet.packet_cost()
     right, writes = "ACL SETUSER default {}evalsha", "CONFIG SET min-replicas-to-write {}"
-    steps: list[Callable[[], None]] = [
-        *(partial(fleet.simulate, step) for step in (some_busy, many_busy, short_jobs, wake_ups)),
-        partial(refusals, fleet, "refuses scripts", right.format("-"), right.format("+")),
-        partial(refusals, fleet, "takes no writes", writes.format(1), writes.format(0)),
-        partial(real, fleet, 6, wanted=1, in_storm=10),
-        partial(real, fleet, SOME, wanted=4, in_storm=25),
-        partial(fleet.simulate, many_waiting),
-    ]
-    for step in steps:
-        bench.empty()
-        step()
-    bench.results.notes += carries(fleet)
+    steps: dict[str, Callable[[], None]] = {
+        "some instances": partial(fleet.simulate, some_busy),
+        "many instances": partial(fleet.simulate, many_busy),
+        "short jobs": partial(fleet.simulate, short_jobs),
+        "wake-ups": partial(fleet.simulate, wake_ups),
+        "no right": partial(refusals, fleet, "refuses scripts", right.format("-"), right.format("+")),
+        "no writes": partial(refusals, fleet, "takes no writes", writes.format(1), writes.format(0)),
+        "6 processes": partial(real, fleet, 6, wanted=1, in_storm=10),
+        f"{SOME} processes": partial(real, fleet, SOME, wanted=4, in_storm=25),
+        "a long queue": partial(fleet.simulate, many_waiting),
+    }
+    failures = bench.results.failures
+    for name, step in steps.items():
+        try:
+            bench.empty()
+            step()
+        except (harness.MeasurementError, OSError, redis.RedisError) as error:
+            failures.append((f"fleet: {name}", str(error)))
+    if not any(name.startswith("fleet") for name, _ in failures):
+        bench.results.notes += carries(fleet)
     bench.empty()
 
 
@@ -410,6 +425,8 @@ def main() -> None:
         service = Service(Path(jobqueue.__file__).resolve(), client, url)
         measure(Bench(client, results, service, Web("quart-trio", "quart"), arguments.quick))
     print(report.fleet_text(results))
+    for name, reason in results.failures:
+        print(f"not measured: {name}: {reason}", file=sys.stderr)
 
 
 if __name__ == "__main__":
