@@ -45,7 +45,7 @@ CHUNK = 200  # jobs that `GET /jobs` without a limit reads at a time
 FULL_SHARE = 0.8  # of Redis's thread: beyond it, calls queue for long
 PROGRESS = '{"done": 0.5, "note": "1800 of 3600 s"}'
 SETTINGS = jobqueue.Settings()
-LEASE = SETTINGS.lease_seconds
+LEASE = 600.0  # seconds: no lease of a computed instance ends while something is measured
 NUMBERS = itertools.count(1)  # of jobs and claims
 
 
@@ -173,8 +173,10 @@ async def busy(fleet: Fleet, store: Store, instances: int, wanted: float) -> lis
     await submit_long(store, instances * WORKERS)
     held: list[list[jobqueue.Claim]] = [[] for _ in range(instances)]
     for instance, worker in itertools.product(range(instances), range(WORKERS)):
-        _, claim = await store.report_and_claim(None, f"host:{instance}/fleet:{worker}:1", 600)
-        held[instance] += [claim] if claim else []
+        _, claim = await store.report_and_claim(None, f"host:{instance}/fleet:{worker}:1", LEASE)
+        if not claim:
+            raise harness.MeasurementError("there are fewer jobs than workers")
+        held[instance].append(claim)
 
     def renewals() -> Iterator[Awaitable[object]]:
         for progress, claims in itertools.product(("", PROGRESS), held):
@@ -238,20 +240,20 @@ async def short_jobs(fleet: Fleet, store: Store) -> None:
 
     async def work(worker: int) -> None:
         done = None
-        while claim := (await store.report_and_claim(done, f"host:1/fleet:{worker}:{next(NUMBERS)}", LEASE))[
-            1
-        ]:
+        for number in NUMBERS:
+            _, claim = await store.report_and_claim(done, f"host:1/fleet:{worker}:{number}", LEASE)
+            if not claim:
+                return
             done = jobqueue.Report(claim, "complete", "3")
 
-    def add(name: str, cost: float) -> None:
-        fleet.costs[name] = min(cost / jobs, fleet.costs.get(name, math.inf))
+    async def add(name: str, calls: Callable[[], Iterable[Awaitable[object]]], at_once: int) -> None:
+        cost = await fleet.cost(calls, at_once, rounds=1) / jobs
+        fleet.costs[name] = min(cost, fleet.costs.get(name, math.inf))
 
     for _ in range(3):
-        add(
-            "submit", await fleet.cost(lambda: (store.submit([new_job()]) for _ in range(jobs)), 32, rounds=1)
-        )
-        add("run", await fleet.cost(lambda: map(work, range(10)), at_once=10, rounds=1))
-        add("delete", await fleet.cost(lambda: (sweep(store, keep=1) for _ in range(jobs // 500)), rounds=1))
+        await add("submit", lambda: (store.submit([new_job()]) for _ in range(jobs)), at_once=32)
+        await add("run", lambda: map(work, range(10)), at_once=10)
+        await add("delete", lambda: (sweep(store, keep=1) for _ in range(jobs // 500)), at_once=1)
 
 
 async def wake_ups(fleet: Fleet, store: Store) -> None:

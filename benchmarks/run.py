@@ -117,7 +117,7 @@ def of_the_service(bench: Bench, wanted: set[str]) -> Iterator[Step]:
     if "posts" in wanted:
         yield Step("POST beside a bare view", 10 if bench.quick else 17, partial(figures.posts, bench))
         for count in (1, 2) if bench.service.can_share() else (1,):
-            yield Step(f"submitted and completed, {count} x", 7, partial(figures.served, bench, count))
+            yield Step(f"submitted and completed, {count} x", 13, partial(figures.served, bench, count))
     if "read" in wanted:
         yield Step("GET /job/<id>", 3, partial(figures.get_job, bench))
     for jobs in (1000, 10_000, 100_000) if "list" in wanted or "beside" in wanted else []:
