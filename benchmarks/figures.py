@@ -36,6 +36,7 @@ class Results:
 
     values: dict[tuple[str, str, str, str], list[float]] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)  # what was tried, and the reason
+    notes: list[str] = field(default_factory=list)  # what one Redis carries, in sentences
 
     def add(self, figure: str, row: str, column: str, unit: str, value: float) -> None:
         self.values.setdefault((figure, row, column, unit), []).append(value)
@@ -201,6 +202,31 @@ def posts(bench: Bench) -> None:
                 bench.results.add("posts", "jobqueue", "32 connections", "requests/s", ours)
                 bench.results.add("posts", bench.bare.name, "32 connections", "requests/s", limit)
                 bench.results.add("posts", "jobqueue", "to the bare view", "x", ours / limit)
+
+
+def served(bench: Bench, count: int) -> None:
+    """POST on 32 connections of processes that share one socket: what they take, and what they get done.
+
+    Without workers, the requests answered. With ten workers each, the jobs submitted and completed, from the
+    first POST to the end of the last job.
+    """
+    seconds = 2.0 if bench.quick else 4.0
+    row = "jobqueue" if count == 1 else f"jobqueue, {count} processes"
+    for workers in (0, 10):
+        bench.empty()
+        with bench.service.sharing(workers, count) as instance:
+            harness.load(instance.port, ONE_MATH, 32, 1.0)  # warms up
+            bench.empty()
+            begun = bench.service.now_ms()
+            harness.load(instance.port, ONE_MATH, 32, seconds)
+            took_ms, taken = bench.service.now_ms() - begun, bench.service.submitted()
+            if workers == 0:
+                bench.results.add("posts", row, "POST by wrk", "requests/s", taken / took_ms * 1000)
+                continue
+            wait_finished(bench.service, taken)
+            [end] = bench.service.finish_times_ms(-1, -1)
+            rate = taken / (end - begun) * 1000
+            bench.results.add("posts", row, "submitted and completed", "jobs/s", rate)
 
 
 def across(bench: Bench) -> None:

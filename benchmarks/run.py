@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure this job queue service beside its limits and its peers, all in one run, on this machine.
 
-    python benchmarks/run.py                    everything, about a quarter of an hour
+    python benchmarks/run.py                    everything, about twenty minutes
     python benchmarks/run.py --quick            what matters most, a bit more than a minute
     python benchmarks/run.py --only drain saq   some figures, or some systems, or both
 
@@ -30,7 +30,7 @@ from figures import Bench, Results
 from harness import HERE, MeasurementError
 from systems import Peer, Service, System, Web
 
-QUICK_SECONDS, FULL_SECONDS = 180.0, 1320.0  # no new measurement is begun after so long
+QUICK_SECONDS, FULL_SECONDS = 180.0, 1560.0  # no new measurement is begun after so long
 SYSTEMS = ("jobqueue", *systems.LIMITS, *systems.PEERS)
 
 
@@ -66,8 +66,17 @@ def plan(bench: Bench, measured: list[System], wanted: set[str]) -> Iterator[Ste
                 yield Step(f"latency, {system.name}", 3.5, partial(figures.latency, bench, system))
         if not (bench.quick and number):
             yield from of_the_service(bench, ours)
+    if "fleet" in ours and not bench.quick:
+        yield Step("a fleet on one Redis", 200, partial(measure_fleet, bench))
     for jobs in (100_000, 1_000_000) if "growth" in ours and not bench.quick else []:
         yield Step(f"growth, {jobs:,} jobs", 20 + jobs / 12_000, partial(figures.growth, bench, jobs))
+
+
+def measure_fleet(bench: Bench) -> None:
+    sys.path.insert(0, str(bench.service.module.parent))  # where the Store is that it calls
+    import fleet
+
+    fleet.measure(bench)
 
 
 def drains(bench: Bench, system: System, number: int) -> Iterator[Step]:
@@ -107,6 +116,8 @@ def of_the_service(bench: Bench, wanted: set[str]) -> Iterator[Step]:
         yield Step("latency, across instances", 4, partial(figures.across, bench))
     if "posts" in wanted:
         yield Step("POST beside a bare view", 10 if bench.quick else 17, partial(figures.posts, bench))
+        for count in (1, 2) if bench.service.can_share() else (1,):
+            yield Step(f"submitted and completed, {count} x", 13, partial(figures.served, bench, count))
     if "read" in wanted:
         yield Step("GET /job/<id>", 3, partial(figures.get_job, bench))
     for jobs in (1000, 10_000, 100_000) if "list" in wanted or "beside" in wanted else []:

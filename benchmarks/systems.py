@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import harness
 import redis
@@ -165,12 +165,15 @@ class Service(System):
         client = redis.Redis.from_url(url, decode_responses=True, socket_timeout=30)
         return Service(self.module, client, url)
 
-    def start(self, workers: int, stamps: Path | None = None, log_level: str = "warning") -> Instance:
+    def start(
+        self, workers: int, stamps: Path | None = None, log_level: str = "warning", processes: int = 1
+    ) -> Instance:
         """An instance that answers. `stamps`: have the handler of that name, and where it writes to."""
         port = harness.free_port()
         command = [sys.executable, "service.py" if stamps else str(self.module)]
         command += ["--redis-url", self.url, "--host", "127.0.0.1", "--port", str(port)]
         command += ["--workers", str(workers), "--log-level", log_level]
+        command += ["--processes", str(processes)] if processes > 1 else []
         env = {"PYTHONPATH": str(self.module.parent), "BENCH_STAMPS": str(stamps)}
         return Instance(Process(command, env), port)
 
@@ -198,6 +201,21 @@ class Service(System):
                 instance.wait()
             yield instances
 
+    def can_share(self) -> bool:
+        """Whether it can start several processes that share one socket."""
+        return "--processes" in harness.run([sys.executable, str(self.module), "--help"], 20)
+
+    @contextlib.contextmanager
+    def sharing(self, workers: int, processes: int) -> Iterator[Instance]:
+        """So many processes on one socket, with so many workers each."""
+        instance = self.start(workers, processes=processes)
+        try:
+            instance.wait()
+            yield instance
+            instance.process.stop()
+        finally:
+            instance.process.kill()
+
     def submit(self, way: str, count: int) -> float:
         """By HTTP. One job more is submitted before, so that all is loaded."""
         with self.running(workers=0) as [instance]:
@@ -216,6 +234,14 @@ class Service(System):
 
     def finished(self) -> int:
         return int(self._client.zcard("{jobqueue}:completed"))
+
+    def submitted(self) -> int:
+        return int(self._client.zcard("{jobqueue}:history"))
+
+    def now_ms(self) -> float:
+        """The time as Redis has it."""
+        seconds, microseconds = cast(Any, self._client.time())
+        return float(seconds * 1000 + microseconds / 1000)
 
     def empty(self) -> None:
         self._client.flushdb()
