@@ -16,6 +16,8 @@ The keys stand behind the prefix `{jobqueue}:`, whose braces keep them in one sl
     queue               list         ids ready to run: LPUSH in, RPOP out, so first in, first out
     delayed             sorted set   ids that wait, by the time they are due (in milliseconds, like all times)
     processing          sorted set   ids being run, by the time their lease ends
+    started             sorted set   the same ids, by the time they began to run
+    withdrawn           set          ids in `queue` whose job was cancelled: a claim skips them
     completed, failed   sorted sets  finished ids, by the time they finished
     history             sorted set   every id, by a number above all others in it: the order of submission
     idempotency:<hash>  string       what was answered to a submission with that key, for 24 hours
@@ -914,7 +916,7 @@ SCRIPTS = {
           if held_by ~= token or is_stray(id, status, 'processing') then
             lost[#lost + 1] = token
           else
-            redis.call('ZADD', P .. 'processing', now + lease, id)
+            if lease ~= '0' then redis.call('ZADD', P .. 'processing', now + lease, id) end
             if progress ~= '' then redis.call('HSET', P .. 'job:' .. id, 'progress', progress) end
             if cancel then cancelled[#cancelled + 1] = token end
           end
@@ -992,12 +994,13 @@ SCRIPTS = {
         local function add_queued()  -- their numbers, unlike scores, are negative: -1 for the first
           local key, first = P .. 'queue', 0
           if after and tonumber(number) < 0 then
+            local index = -number - 1  -- what came since has moved it on, but hardly far
             first = nil
-            for i, id in ipairs(redis.call('LRANGE', key, -number - 1, -number + 500)) do
-              if id == after then first = -number - 1 + i end  -- what came since has moved it, but not far
+            for i, id in ipairs(redis.call('LRANGE', key, index, index + 500)) do
+              if id == after then first = index + i end
             end
-            first = first or redis.call('LPOS', key, after)
-            if not first then return end  -- it was claimed, and so were all behind it
+            first = first or (redis.call('LPOS', key, after) or math.huge) + 1
+            if first == math.huge then return end  -- it was claimed, and so were all behind it
           end
           local found = redis.call('LRANGE', key, first, first + limit - #ids)
           for i, id in ipairs(found) do ids[#ids + 1], numbers[#ids + 1] = id, -first - i end
@@ -1162,7 +1165,7 @@ class Store:
     async def renew(
         self, held: Iterable[tuple[Claim, str]], lease: float
     ) -> tuple[int, list[str], list[str]]:
-        """Let the leases of these claims end in `lease` seconds, and keep what progress they made.
+        """Let the leases of these claims end in `lease` seconds, unless it is 0; and keep their progress.
 
         Redis's time in milliseconds; the tokens that lost their job; and those that are to be cancelled.
         """
@@ -1288,6 +1291,7 @@ class WorkerPool:
         self.recent_types: set[str] = set()  # of the attempts that ended in the last tick
         self.unknown_types: set[str] = set()  # that were logged already
         self.waiters: WeakValueDictionary[str, trio.Event] = WeakValueDictionary()  # by the id of the job
+        self.calls_failed = False  # of workers, which wait for a sweep that succeeds
         self.end_leases_by = 0  # Redis's time, in milliseconds; after it a sweep leaves leases alone
         self.quiet_until = -math.inf  # about refusals
 
@@ -1332,12 +1336,9 @@ class WorkerPool:
                 if trio.current_time() >= self.grace.deadline:
                     log.warning("job %s: if it was not reported, it runs again", report and report.claim.id)
                     return None
-                if report:
-                    await trio.sleep(AGAIN_SECONDS)
-                elif isinstance(error, redis.ResponseError):
+                self.calls_failed = True
+                with trio.move_on_at(self.grace.deadline):
                     await self.notifier.wait(seen)  # for the first sweep that succeeds
-                else:  # the claim may hold a job
-                    await trio.sleep(AGAIN_SECONDS)
                 continue
             if report and not accepted:
                 log.warning("job %s: report refused: too late, or sent twice", report.claim.id)
@@ -1496,11 +1497,11 @@ async def work(pool: WorkerPool) -> None:
                 raise
 
 
-async def renew_leases(pool: WorkerPool) -> int:
+async def renew_leases(pool: WorkerPool, lease: float) -> int:
     """Renew all leases, and cancel what lost its own or is to be cancelled; Redis's time, in milliseconds."""
     told = {attempt: attempt.progress for attempt in pool.attempts.values() if not attempt.lost}
     held = [(attempt.claim, progress) for attempt, progress in told.items()]
-    now, lost, cancelled = await pool.store.renew(held, pool.settings.lease_seconds)
+    now, lost, cancelled = await pool.store.renew(held, lease)
     for attempt, progress in told.items():  # some of which may have ended meanwhile: that harms nothing
         if attempt.progress == progress:  # otherwise there is more to tell
             attempt.progress = ""
@@ -1512,11 +1513,12 @@ async def renew_leases(pool: WorkerPool) -> int:
 
 
 async def heartbeat(pool: WorkerPool) -> None:
-    """Renew the leases twice a second; and allow the sweep to end those of others, while all is calm."""
-    calm_at = math.inf
+    """Look after the leases twice a second; and allow the sweep to end those of others, while all is calm."""
+    calm_at, renew_at, lease = math.inf, -math.inf, pool.settings.lease_seconds
     while True:
+        is_time = trio.current_time() >= renew_at
         try:
-            now = await renew_leases(pool)
+            now = await renew_leases(pool, lease if is_time else 0)
         except redis.RedisError as error:
             pool.refused(error)
             calm_at = math.inf  # others were cut off too, and must have time to renew theirs
@@ -1524,12 +1526,13 @@ async def heartbeat(pool: WorkerPool) -> None:
             calm_at = min(calm_at, trio.current_time() + CALM_SECONDS)
             if trio.current_time() >= calm_at:
                 pool.end_leases_by = now + _milliseconds(2 * TICK_SECONDS)
-        await trio.sleep(min(TICK_SECONDS, pool.settings.lease_seconds / 4))
+            renew_at = trio.current_time() + lease / 5 if is_time else renew_at
+        await trio.sleep(min(TICK_SECONDS, lease / 5))
 
 
 async def sweep(pool: WorkerPool) -> None:
     """Sweep, twice a second or when a job is due; and look for awaited jobs that other instances finished."""
-    was_away, settings = False, pool.settings
+    settings = pool.settings
     await pool.opened.wait()
     while True:
         wait = TICK_SECONDS
@@ -1538,14 +1541,13 @@ async def sweep(pool: WorkerPool) -> None:
             finished = await pool.store.finished(list(pool.waiters)) if pool.waiters else []
         except redis.RedisError as error:
             pool.refused(error)
-            was_away = True
         else:
             for job in found.ended:
                 log.warning("job %s: its worker is gone: %s, attempt %s; now it is %s", *job)
             pool.answer_waiters(finished)
-            # Workers whose claim failed wait for this.
-            pool.notifier.notify(math.inf if was_away else found.ready)
-            was_away, wait = False, min(TICK_SECONDS, max(SWEEP_PAUSE_SECONDS, found.wait))
+            pool.notifier.notify(math.inf if pool.calls_failed else found.ready)
+            pool.calls_failed = False
+            wait = min(TICK_SECONDS, max(SWEEP_PAUSE_SECONDS, found.wait))
         await trio.sleep(wait)
 
 
@@ -1971,6 +1973,8 @@ async def serve(
             background.cancel_scope.cancel()
         connections.cancel_scope.cancel()
     log.info("stopped")
+    for number in SIGNALS:  # now, or one that comes while Trio ends would be a line about its own pipe
+        signal.signal(number, signal.SIG_IGN)
 
 
 def where(url: str) -> str:
@@ -2292,11 +2296,7 @@ def main(resources: Resources = None) -> None:
     if settings.processes != 1:
         count = settings.processes or os.cpu_count() or 1
         early_signals = fork_processes(count, listeners, early_signals)
-    try:
-        trio.run(serve, settings, listeners, early_signals, resources)
-    finally:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+    trio.run(serve, settings, listeners, early_signals, resources)
 
 
 if __name__ == "__main__":

@@ -655,6 +655,59 @@ def sent(program: Program, data: bytes, buffer: int = 0) -> Iterator[socket.sock
         yield connection
 
 
+def children(program: Program) -> set[int]:
+    """The processes that serve for this one."""
+    path = Path(f"/proc/{program.process.pid}/task/{program.process.pid}/children")
+    return set(map(int, path.read_text().split()))
+
+
+def test_several_processes_share_a_port_and_one_that_dies_is_started_again(
+    service: Start, redis_server: RedisServer
+) -> None:
+    program = service(redis_server.url, "--processes", "3", "--workers", "2")
+    before = eventually(lambda: len(children(program)) == 3 and children(program), "three processes")
+    victim = min(before)
+    os.kill(victim, signal.SIGKILL)
+    eventually(lambda: len(children(program) - {victim}) == 3, "another process")
+    assert program.logged(f"process {victim} is gone, with status -9")
+    ids = [program.submit("append", value=n) for n in range(50)]
+    workers = {program.ended(job_id)["worker"] for job_id in ids}
+    assert {int(worker.rpartition(":")[2]) for worker in workers} <= children(program)
+    assert program.stop() == 0
+    assert program.log.count("stopped") == 3
+
+
+def test_the_processes_finish_their_jobs_at_a_ctrl_c_in_the_terminal(
+    service: Start, redis_server: RedisServer
+) -> None:
+    program = service(redis_server.url, "--processes", "2", "--workers", "1")
+    ids = [program.submit("long", seconds=2) for _ in range(2)]
+    for job_id in ids:
+        eventually(partial(lambda job_id: program.job(job_id)["status"] == "processing", job_id), "it runs")
+    assert program.stop(signal.SIGINT) == 0
+    check(redis_server.client, set(ids))
+    assert {redis_server.client.hget(f"{PREFIX}job:{job_id}", "status") for job_id in ids} == {"completed"}
+
+
+def test_the_processes_end_with_the_one_that_started_them(service: Start, redis_server: RedisServer) -> None:
+    program = service(redis_server.url, "--processes", "2")
+    served_by = eventually(lambda: len(children(program)) == 2 and children(program), "two processes")
+    program.kill()
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in served_by), "they end")
+
+
+def test_the_worst_status_of_the_processes_is_that_of_the_program(
+    service: Start, redis_server: RedisServer
+) -> None:
+    program = service(redis_server.url, "--processes", "2")
+    served_by = eventually(lambda: len(children(program)) == 2 and children(program), "two processes")
+    os.kill(min(served_by), signal.SIGSTOP)  # it cannot heed the signal that is passed on
+    program.process.send_signal(signal.SIGTERM)
+    eventually(lambda: children(program) == {min(served_by)}, "the other one ends")
+    os.kill(min(served_by), signal.SIGKILL)
+    assert program.process.wait(PATIENCE_SECONDS) not in (0, None)
+
+
 def test_shutdown_with_a_half_sent_request(graceful: Start, redis_server: RedisServer) -> None:
     program = graceful(redis_server.url)
     head = POST + b"99\r\n\r\n{"

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import signal
 import smtplib
@@ -107,6 +108,7 @@ def test_an_empty_variable_counts_as_unset() -> None:
         *[("SMTP_FROM", value) for value in ("me", "a@b\nBcc: c@d")],
         *[("API_TOKEN", value) for value in ("two words", "schlüssel")],
         ("LOG_LEVEL", "loud"),
+        *[("PROCESSES", value) for value in ("2", "0", "-1", "257")],  # without a REDIS_URL
     ],
 )
 def test_a_bad_setting_is_one_clear_line_and_status_2(
@@ -952,6 +954,43 @@ async def test_a_cursor_that_left_its_place_ends_the_list(bench: Bench) -> None:
     assert (await bench.store.page(Status.PENDING, cursor, 2))[:2] == ("", [])
 
 
+async def test_a_cursor_that_left_its_place_goes_on_behind_it_among_jobs_of_the_same_moment(
+    bench: Bench,
+) -> None:
+    ids = sorted(await submitted(bench, 5))[::-1]
+    claims = {claimed.id: claimed for claimed in [await claim(bench, f"i:{n}") for n in range(5)]}
+    cursor, _, _ = await bench.store.page(Status.PROCESSING, "", 2)
+    await report(bench, claims[ids[1]], "complete", "0")
+    _, jobs, _ = await bench.store.page(Status.PROCESSING, cursor, 9)
+    assert [json.loads(job)["id"] for job in jobs] == ids[2:]
+
+
+@pytest.mark.parametrize("more", [3, 700])
+async def test_a_list_of_waiting_jobs_goes_on_where_it_was_however_many_came_since(
+    bench: Bench, more: int
+) -> None:
+    ids = await submitted(bench, 5)
+    cursor, _, _ = await bench.store.page(Status.PENDING, "", 2)
+    await submitted(bench, more)
+    _, jobs, _ = await bench.store.page(Status.PENDING, cursor, 9)
+    assert [json.loads(job)["id"] for job in jobs] == ids[2::-1]
+
+
+async def test_cancelled_jobs_stay_in_the_queue_uncounted_and_unlisted_until_a_claim_meets_them(
+    bench: Bench,
+) -> None:
+    ids = await submitted(bench, 4)
+    for job_id in ids[:2]:
+        assert await bench.store.cancel(job_id) == "pending"
+    assert bench.client.llen("{jobqueue}:queue") == 4  # a search would cost more the longer it is
+    _, jobs, counts = await bench.store.page(Status.PENDING, "", 9)
+    assert [json.loads(job)["id"] for job in jobs] == ids[:1:-1]
+    assert counts == {"pending": 2, "processing": 0, "completed": 0, "failed": 2}
+    assert (await claim(bench, "i:1")).id == ids[2]
+    assert (await bench.store.page(None, "", 9))[2][Status.PENDING] == 1
+    assert bench.client.scard("{jobqueue}:withdrawn") == 0
+
+
 async def test_scripts_survive_a_redis_that_forgot_them(bench: Bench) -> None:
     await submitted(bench)
     bench.client.script_flush()
@@ -1342,6 +1381,29 @@ async def test_who_may_not_listen_for_work_is_told_so(
     pool = WorkerPool(Store(AutoPipeline(connection.exchange)), Settings())
     nursery.start_soon(jobqueue.listen, connection, pool)
     await trio.to_thread.run_sync(eventually, lambda: "Redis refused" in caplog.text)
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("hearing", ["", "8", "800"])
+async def test_of_many_instances_that_hear_of_a_job_only_a_few_come_for_it(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, hearing: str
+) -> None:
+    class Heard:
+        async def exchange(self, _: Any) -> list[Any]:
+            return [["subscribe", "wake", 1]]
+
+        async def message(self) -> Any:
+            if not messages:
+                await trio.sleep_forever()
+            return messages.pop()
+
+    messages = [["message", "wake", hearing] for _ in range(1000)]
+    dice = random.Random(1)
+    monkeypatch.setattr(random, "random", dice.random)
+    pool = WorkerPool(Store(AutoPipeline()), Settings())
+    nursery.start_soon(jobqueue.listen, typing.cast(Any, Heard()), pool)
+    await wait_all_tasks_blocked()
+    assert pool.notifier.count == (pytest.approx(10, abs=5) if hearing == "800" else 1000)
     nursery.cancel_scope.cancel()
 
 
@@ -2044,6 +2106,34 @@ async def test_a_shutdown_answers_those_who_wait(
     nursery.start_soon(stop)
     status, job = await api.get(f"/job/{answer['id']}?wait=30")
     assert (status, job["status"], trio.current_time()) == (200, "pending", 2.2)
+
+
+async def test_a_job_that_a_free_worker_here_will_run_is_announced_to_nobody_else(
+    api: Api, nursery: trio.Nursery, redis_server: RedisServer
+) -> None:
+    listener: Any = redis_server.client.pubsub()  # type: ignore[no-untyped-call]
+    listener.subscribe("{jobqueue}:wake")
+    pipeline = AutoPipeline(RedisConnection(redis_server.url).exchange)
+    nursery.start_soon(pipeline.run)
+    pool = WorkerPool(Store(pipeline), Settings())
+    pool.opened.set()
+    client = jobqueue.create_app(pool).test_client()
+
+    async def announced() -> bool:
+        """Whether a job that is submitted now is: after it comes a message of ours."""
+        response = await client.post("/job", json=GOOD | {"job_type": "long", "payload": {"seconds": 0}})
+        assert response.status_code == 202
+        redis_server.client.publish("{jobqueue}:wake", "ours")
+        count = 0
+        while (listener.get_message(ignore_subscribe_messages=True, timeout=5) or {}).get("data") != "ours":
+            count += 1
+        return count > 0
+
+    assert await announced()
+    nursery.start_soon(jobqueue.work, pool)
+    await wait_all_tasks_blocked(0.2)
+    assert not await announced()
+    nursery.cancel_scope.cancel()
 
 
 async def test_cancelling_a_waiting_job_ends_it_as_failed(api: Api) -> None:
