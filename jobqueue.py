@@ -88,8 +88,19 @@ from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel
-from werkzeug import exceptions as http
 from werkzeug.datastructures import WWWAuthenticate
+from werkzeug.exceptions import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    HTTPException,
+    MethodNotAllowed,
+    NotFound,
+    RequestEntityTooLarge,
+    Unauthorized,
+    UnprocessableEntity,
+    UnsupportedMediaType,
+)
 
 __version__ = "2.0.0"
 PROGRAM = os.path.basename(sys.argv[0]) or "jobqueue.py"  # a fork's own name
@@ -1051,25 +1062,9 @@ SCRIPTS = {
           redis.call('SADD', P .. 'withdrawn', id)  -- it stays in the queue, until a claim meets it there
         end
         return status""",
-    # → those of these commands that this user may not run. The others do nothing to a key of another type.
-    "rights": """
-        local missing = {}
-        for _, command in ipairs(ARGV) do
-          if redis.pcall('SET', P .. 'wake', '', 'PX', 1000).err then return {'SET'} end
-          for count = 0, 4 do
-            local reply = redis.pcall(command, unpack({P .. 'wake', '0', '0', '0'}, 1, count))
-            local problem = type(reply) == 'table' and reply.err or ''
-            if string.find(problem, 'user executing the script') or string.find(problem, 'NOPERM') then
-              missing[#missing + 1] = command
-            end
-            if not string.find(problem, 'number of arg') then break end
-          end
-        end
-        redis.pcall('DEL', P .. 'wake')
-        return missing""",
 }
 LUA = LUA_CLOCK + LUA_COMMON + "".join(SCRIPTS.values())
-COMMANDS = sorted(set(re.findall(r"(?:call|push)\('([A-Z]+)'", LUA)))
+COMMANDS = [*sorted({*re.findall(r"(?:call|push)\('([A-Z]+)'", LUA)} - {"DEL"}), "EVALSHA", "DEL"]
 RIGHTS = "~{jobqueue}:* &{jobqueue}:* +@read +@write +@scripting +@pubsub +@connection +time +info"
 NO_LIMIT = 1 << 53  # for Lua, whose numbers are exact up to here
 
@@ -1226,8 +1221,15 @@ class Store:
         return found[1] if found else ""
 
     async def missing_rights(self) -> list[str]:
-        """The Redis commands that the scripts need and this user may not run."""
-        return list(await self._run("rights", *COMMANDS))
+        """The Redis commands that are needed and this user may not run. Each is tried on a key of no use."""
+        key, missing = f"{self.prefix}rights", []
+        for name, arity, *_ in await self._pipeline.call("COMMAND", "INFO", *COMMANDS):
+            try:
+                await self._pipeline.call(name, *[key, "0", "0", "0"][: abs(arity) - 1])
+            except redis.ResponseError as error:  # mostly, that the key is of another type
+                if str(error).startswith("NOPERM"):
+                    missing.append(name.upper())
+        return missing
 
 
 def _milliseconds(seconds: float) -> int:
@@ -1648,12 +1650,12 @@ read_jobs = msgspec.json.Decoder(JobRequest | list[JobRequest]).decode
 def parse_job(asked: JobRequest, settings: Settings) -> NewJob:
     """The job that is asked for; or BadRequest, which names the field that is wrong."""
     if asked.job_type not in HANDLERS:
-        raise http.BadRequest(f"job_type must be one of: {', '.join(HANDLERS)}")
+        raise BadRequest(f"job_type must be one of: {', '.join(HANDLERS)}")
     payload = bytes(asked.payload).decode()
     try:
         HANDLERS[asked.job_type].read(payload)
     except ValueError as error:
-        raise http.BadRequest(str(error)) from None
+        raise BadRequest(str(error)) from None
     max_retries = settings.max_retries if asked.max_retries is UNSET else asked.max_retries
     timeout = settings.job_timeout_seconds if asked.timeout is UNSET else asked.timeout
     return NewJob(str(uuid.uuid4()), asked.job_type, payload, max_retries, timeout, asked.delay)
@@ -1667,17 +1669,17 @@ def parse_jobs(body: bytes, settings: Settings) -> tuple[list[NewJob], bool]:
     except (ValueError, RecursionError) as error:
         problem = explain(error, "the body", JobRequest.__struct_fields__)
         problem = re.sub(r"^the body\[(\d+)\](\.|: )", r"job \1 of the array: ", problem)
-        raise http.BadRequest(problem.removeprefix("the body.")) from None
+        raise BadRequest(problem.removeprefix("the body.")) from None
     if not isinstance(asked, list):
         return [parse_job(asked, settings)], False
     if not asked:
-        raise http.BadRequest("an array must have at least one job")
+        raise BadRequest("an array must have at least one job")
     jobs: list[NewJob] = []
     for one in asked:
         try:
             jobs.append(parse_job(one, settings))
-        except http.BadRequest as error:
-            raise http.BadRequest(f"job {len(jobs)} of the array: {error.description}") from None
+        except BadRequest as error:
+            raise BadRequest(f"job {len(jobs)} of the array: {error.description}") from None
     return jobs, True
 
 
@@ -1690,7 +1692,7 @@ def parse_key(headers: Sequence[str], body: bytes) -> tuple[str, str]:
         return "", ""
     header = ", ".join(headers)  # one, or it will not match
     if not re.fullmatch(r'"([ !#-\[\]-~]|\\["\\]){1,255}"|[!#-~]{1,255}', header):
-        raise http.BadRequest("Idempotency-Key must be one of up to 255 ASCII characters, quoted for spaces")
+        raise BadRequest("Idempotency-Key must be one of up to 255 ASCII characters, quoted for spaces")
     unquoted, asked = header.removeprefix('"').removesuffix('"'), msgspec.json.decode(body)
     texts = unquoted, json.dumps(asked, sort_keys=True)
     key, fingerprint = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
@@ -1701,9 +1703,7 @@ def parameters(*known: str) -> dict[str, str]:
     """The parameters of this request, each of which is known and comes once; or BadRequest."""
     for name, values in request.args.lists():
         if name not in known or len(values) > 1:
-            raise http.BadRequest(
-                f"{name[:80]!r} is no parameter, or came twice; they are: {', '.join(known)}"
-            )
+            raise BadRequest(f"{name[:80]!r} is no parameter, or came twice; they are: {', '.join(known)}")
     return request.args.to_dict()
 
 
@@ -1712,13 +1712,11 @@ def parse_query() -> tuple[Status | None, str, int | None]:
     query = parameters("status", "limit", "cursor")
     status, cursor, limit = query.get("status"), query.get("cursor", ""), query.get("limit")
     if status is not None and status not in list(Status):
-        raise http.BadRequest(f"status must be one of: {', '.join(Status)}")
+        raise BadRequest(f"status must be one of: {', '.join(Status)}")
     if cursor and not re.fullmatch(r"[0-9a-f-]{36}:-?[0-9]{1,16}", cursor):
-        raise http.BadRequest(
-            "cursor must be one from a Link header, with the status that was asked for there"
-        )
+        raise BadRequest("cursor must be one from a Link header, with the status that was asked for there")
     if limit is not None and not (re.fullmatch(r"[0-9]{1,4}", limit) and 1 <= int(limit) <= PAGE_MOST):
-        raise http.BadRequest(f"limit must be a whole number from 1 to {PAGE_MOST}")
+        raise BadRequest(f"limit must be a whole number from 1 to {PAGE_MOST}")
     return Status(status) if status else None, cursor, int(limit) if limit else None
 
 
@@ -1726,7 +1724,7 @@ def parse_wait() -> float:
     """The seconds that `GET /job/<id>` is to wait; or BadRequest."""
     text = parameters("wait").get("wait", "0")
     if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", text) or float(text) > WAIT_MOST:
-        raise http.BadRequest(f"wait must be a number of seconds from 0 to {WAIT_MOST}")
+        raise BadRequest(f"wait must be a number of seconds from 0 to {WAIT_MOST}")
     return float(text)
 
 
@@ -1804,18 +1802,18 @@ def create_app(pool: WorkerPool) -> QuartTrio:
         have to give its own name another address (DNS rebinding), which the Host header betrays.
         """
         if problem := request.scope.get("problem"):
-            raise http.BadRequest(str(problem))
+            raise BadRequest(str(problem))
         if request.path == "/":
             return
         if settings.api_token:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             right = hmac.compare_digest(token.strip().encode(), settings.api_token.encode())
             if not (scheme.lower() == "bearer" and right) and not wants_page():
-                raise http.Unauthorized(
+                raise Unauthorized(
                     "send the header Authorization: Bearer, with the API token", www_authenticate=BEARER
                 )
         elif not own_name.fullmatch(name := request.headers.get("Host", "")):
-            raise http.Forbidden(f"{name[:80]!r} is not a name of this server; to use another, set API_TOKEN")
+            raise Forbidden(f"{name[:80]!r} is not a name of this server; to use another, set API_TOKEN")
 
     def wants_page() -> bool:
         best = request.accept_mimetypes.best_match(["application/json", "text/html"])
@@ -1824,11 +1822,11 @@ def create_app(pool: WorkerPool) -> QuartTrio:
     @app.post("/job")
     async def submit() -> Response:
         if request.query_string:
-            raise http.BadRequest("POST /job has no parameters; a job's are fields of the body")
+            raise BadRequest("POST /job has no parameters; a job's are fields of the body")
         if request.mimetype != "application/json":
-            raise http.UnsupportedMediaType("the Content-Type must be application/json")
+            raise UnsupportedMediaType("the Content-Type must be application/json")
         if request.headers.get("Content-Encoding", "identity") != "identity":
-            raise http.UnsupportedMediaType("the body must have no Content-Encoding")
+            raise UnsupportedMediaType("the body must have no Content-Encoding")
         if not pool.opened.is_set():
             await open_pool(pool)
         body = cast(bytes, await request.get_data())
@@ -1837,7 +1835,7 @@ def create_app(pool: WorkerPool) -> QuartTrio:
         ids = await store.submit(jobs, key, fingerprint, notify=len(jobs) > pool.notifier.sleeping)
         pool.notifier.notify(len(jobs))
         if ids is None:
-            raise http.UnprocessableEntity("this Idempotency-Key was used for another request")
+            raise UnprocessableEntity("this Idempotency-Key was used for another request")
         if is_array:
             return answer(json.dumps([{"id": job_id} for job_id in ids]) + "\n", 202)
         return answer(f'{{"id": "{ids[0]}"}}\n', 202, {"Location": f"/job/{ids[0]}"})
@@ -1852,7 +1850,7 @@ def create_app(pool: WorkerPool) -> QuartTrio:
                 await finished.wait()
             found = await store.get(job_id)
         if found is None:
-            raise http.NotFound(f"there is no job {job_id[:80]!r}, or no more")
+            raise NotFound(f"there is no job {job_id[:80]!r}, or no more")
         return answer(found[1] + "\n")
 
     @app.delete("/job/<job_id>")
@@ -1860,7 +1858,7 @@ def create_app(pool: WorkerPool) -> QuartTrio:
         parse_wait()  # refuse it before anything is done
         status = await store.cancel(job_id)
         if status in FINISHED:
-            raise http.Conflict(f"the job is {status} already")
+            raise Conflict(f"the job is {status} already")
         if status:
             log.info("job %s: cancelled on request, it was %s", job_id, status)
             pool.answer_waiters([job_id])
@@ -1905,14 +1903,14 @@ def create_app(pool: WorkerPool) -> QuartTrio:
         headers = {"Content-Security-Policy": policy, "Vary": "Accept", "Cache-Control": "no-store"}
         return Response(text, 200, headers, content_type="text/html; charset=utf-8")
 
-    @app.errorhandler(http.HTTPException)
-    async def refuse(error: http.HTTPException) -> Response:
+    @app.errorhandler(HTTPException)
+    async def refuse(error: HTTPException) -> Response:
         text = error.description
-        if isinstance(error, http.NotFound) and has_request_context() and request.routing_exception:
+        if isinstance(error, NotFound) and has_request_context() and request.routing_exception:
             text = f"there is nothing at {request.path[:80]}; try POST /job, GET /job/<id> or GET /jobs"
-        elif isinstance(error, http.MethodNotAllowed):
+        elif isinstance(error, MethodNotAllowed):
             text = f"{request.method} is not possible here, only: {', '.join(error.valid_methods or ())}"
-        elif isinstance(error, http.RequestEntityTooLarge):
+        elif isinstance(error, RequestEntityTooLarge):
             text = f"the body must be at most {settings.max_body_bytes:,} bytes"
         headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
         return answer(json.dumps({"error": text}) + "\n", error.code or 500, headers)
