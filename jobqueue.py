@@ -919,7 +919,8 @@ SCRIPTS = {
         return {accepted and 1 or 0, claim(worker, number, lease)}""",
     # → now, the tokens that hold no job, and those that a DELETE asks to be cancelled
     "renew": """
-        local lease, lost, cancelled = ARGV[1], {}, {}
+        local lease = unpack(ARGV, 1, 1)  -- then the id, the token and the progress of each claim
+        local lost, cancelled = {}, {}
         unlist('')
         for i = 2, #ARGV, 3 do
           local id, token, progress = unpack(ARGV, i, i + 2)
@@ -2215,24 +2216,35 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
     return listeners
 
 
-def note_signals() -> list[int]:
-    """A list of the signals that come from now on, which do nothing else."""
-    noted: list[int] = []
+def note_signals(noted: list[int]) -> None:
+    """Let the signals that come from now on be noted there, and do nothing else."""
     for number in SIGNALS:
         signal.signal(number, lambda number, _: noted.append(number))
-    return noted
 
 
-def fork_processes(count: int, listeners: Sequence[socket.socket], early_signals: list[int]) -> list[int]:
-    """Go on in `count` child processes, with the signals that came early; only they return.
+def become_child(parent: int, early_signals: list[int]) -> None:
+    """What a new process does first. `parent` is a pipe that ends with the process that forked this one."""
 
-    This process passes signals on, starts again what dies, and ends with the worst of the exit statuses. If
-    it dies itself, the pipe that its children read from ends, and so do they.
+    def stop_with_parent() -> None:
+        os.read(parent, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    note_signals(early_signals)
+    if sys.platform != "win32":
+        os.setpgrp()  # a Ctrl+C is for the parent to pass on: to get it twice would end the grace
+    random.seed()
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+
+
+def fork_processes(count: int, listeners: Sequence[socket.socket], early_signals: list[int]) -> None:
+    """Return in `count` child processes, and never in this one, which looks after them.
+
+    It passes signals on, starts again what dies, and ends with the worst of the exit statuses.
     """
     if sys.platform == "win32":
-        return early_signals  # never: Settings refuses it
-    children, status, is_stopping = set[int](), 0, False
-    end_of_children, our_end = os.pipe()
+        return  # never: Settings refuses it
+    children, statuses, is_stopping = set[int](), [0], False
+    parent, held_open = os.pipe()
 
     def stop(number: int, _frame: object = None) -> None:
         nonlocal is_stopping
@@ -2242,39 +2254,28 @@ def fork_processes(count: int, listeners: Sequence[socket.socket], early_signals
         for pid in children:
             os.kill(pid, number)
 
-    def stop_with_parent() -> None:
-        os.read(end_of_children, 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
     for number in SIGNALS:
         signal.signal(number, stop)
     for early in early_signals:
         stop(early)
     while children or not is_stopping:
         while len(children) < count and not is_stopping:
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # it meets all of the children, or none
-            if not (child := os.fork()):
-                early_signals = note_signals()
-                os.setpgrp()  # a Ctrl+C is for the parent to pass on: twice would be without any grace
-                os.close(our_end)
-                random.seed()
-                threading.Thread(target=stop_with_parent, daemon=True).start()
-            children.add(child)
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a signal is to meet all children, or none
+            if child := os.fork():
+                children.add(child)
+            else:
+                os.close(held_open)
+                become_child(parent, early_signals)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             if not child:
-                return early_signals
+                return
         child, waited = os.wait()
         children.remove(child)
-        if is_stopping:
-            status = max(status, os.waitstatus_to_exitcode(waited) % 256)
-        else:
-            log.error(
-                "process %d is gone, with status %d: another one starts",
-                child,
-                os.waitstatus_to_exitcode(waited),
-            )
+        statuses.append(os.waitstatus_to_exitcode(waited))
+        if not is_stopping:
+            log.error("process %d is gone, with status %d: another one starts", child, statuses.pop())
             time.sleep(AGAIN_SECONDS)
-    sys.exit(status)
+    sys.exit(max(map(abs, statuses)))
 
 
 def main(resources: Resources = None) -> None:
@@ -2283,7 +2284,8 @@ def main(resources: Resources = None) -> None:
     `resources` is what handlers share, such as a pool of connections: it is entered before the first job, and
     left after the last.
     """
-    early_signals = note_signals()
+    early_signals: list[int] = []
+    note_signals(early_signals)
     settings = Settings.read(sys.argv[1:], os.environ)
     set_up_logging(settings.log_level)
     if settings.smtp_url:
@@ -2292,8 +2294,7 @@ def main(resources: Resources = None) -> None:
         log.warning("anybody who reaches %s may use this queue: set API_TOKEN", settings.host)
     listeners = open_listeners(settings.host.strip("[]"), settings.port)
     if settings.processes != 1:
-        count = settings.processes or os.cpu_count() or 1
-        early_signals = fork_processes(count, listeners, early_signals)
+        fork_processes(settings.processes or os.cpu_count() or 1, listeners, early_signals)
     trio.run(serve, settings, listeners, early_signals, resources)
 
 
