@@ -1336,8 +1336,8 @@ class WorkerPool:
                 self.refused(error)
                 if self.stopping.is_set() and not report:
                     return None
-                if trio.current_time() >= self.grace.deadline:
-                    log.warning("job %s: if it was not reported, it runs again", report and report.claim.id)
+                if report and trio.current_time() >= self.grace.deadline:
+                    log.warning("job %s: if it was not reported, it runs again", report.claim.id)
                     return None
                 self.calls_failed = True
                 with trio.move_on_at(self.grace.deadline):
@@ -1997,11 +1997,12 @@ class OnlyHTTP11(h11.Connection):
         if isinstance(event, h11.Request):
             if event.http_version not in (b"1.0", b"1.1"):
                 raise h11.RemoteProtocolError("only HTTP/1.1 is spoken here", 505)
-            headers = [(name, value) for name, value in event.headers if name != b"upgrade"]
-            version = event.http_version
-            event = h11.Request(
-                method=event.method, target=event.target, headers=headers, http_version=version
-            )
+            if any(name == b"upgrade" for name, _ in event.headers):
+                headers = [header for header in event.headers if header[0] != b"upgrade"]
+                version = event.http_version
+                event = h11.Request(
+                    method=event.method, target=event.target, headers=headers, http_version=version
+                )
         return event
 
 
@@ -2045,9 +2046,10 @@ class Client:
             data = memoryview(event.data)
             try:
                 while data:
-                    with trio.fail_after(SILENT_CLIENT_SECONDS):
-                        data = data[await self._stream.socket.send(data) :]
-            except (OSError, trio.ClosedResourceError, trio.TooSlowError):
+                    self._scope.deadline = trio.current_time() + SILENT_CLIENT_SECONDS
+                    data = data[await self._stream.socket.send(data) :]
+                self._scope.deadline = math.inf
+            except (OSError, trio.ClosedResourceError):
                 self._scope.cancel()  # nobody takes the answer: what makes it ends, too
         elif isinstance(event, Updated):
             self.is_idle = event.idle
