@@ -1008,7 +1008,7 @@ SCRIPTS = {
           if after and tonumber(number) < 0 then
             local index = -number - 1  -- what came since has moved it on, but hardly far
             first = nil
-            for i, id in ipairs(redis.call('LRANGE', key, index, index + 500)) do
+            for i, id in ipairs(redis.call('LRANGE', key, index, index + 200)) do
               if id == after then first = index + i end
             end
             first = first or (redis.call('LPOS', key, after) or math.huge) + 1
@@ -1245,7 +1245,7 @@ AGAIN_SECONDS = 0.2  # how long to wait before a call that failed is made again
 CALM_SECONDS = REPLY_SECONDS + 1.5  # after Redis was away: the last instance notices it so late
 UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of a job
 TRACEBACK_MOST = 8000  # characters that are kept
-FEW = 8  # instances, about, that answer a message; if none does (0.03 %), the next sweep finds the job
+FEW = 6  # instances, about, that answer a message; if none does (0.3 %), the next sweep finds the job
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked for a sign of life
 # The frames of a traceback that come before the handler's own.
