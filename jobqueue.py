@@ -1815,7 +1815,7 @@ def create_app(pool: WorkerPool) -> QuartTrio:
             raise http.UnprocessableEntity("this Idempotency-Key was used for another request")
         if is_array:
             return answer(json.dumps([{"id": job_id} for job_id in ids]) + "\n", 202)
-        return answer(f'{{"id": "{ids[0]}"}}\n', 202, {"Location": f"/job/{ids[0]}"})
+        return answer(f'{{"id": "{ids[0]}"}}\n', 202, {"Location": f"job/{ids[0]}"})
 
     @app.get("/job/<job_id>")
     async def show(job_id: str) -> Response:
@@ -1845,7 +1845,7 @@ def create_app(pool: WorkerPool) -> QuartTrio:
     async def home() -> Any:
         """Leads to the page; and tells a probe, which needs no token, whether Redis is there."""
         await store.ping()
-        return redirect("/jobs")
+        return redirect("jobs")
 
     @app.get("/jobs")
     async def index() -> Response:
@@ -1859,7 +1859,7 @@ def create_app(pool: WorkerPool) -> QuartTrio:
         headers["Job-Counts"] = ", ".join(f"{name}={count}" for name, count in page.counts.items())
         if page.cursor:
             query = ({"status": status} if status else {}) | {"limit": limit, "cursor": page.cursor}
-            headers["Link"] = f'</jobs?{urlencode(query)}>; rel="next"'
+            headers["Link"] = f'<jobs?{urlencode(query)}>; rel="next"'
         return answer("[" + ",\n".join(page.jobs) + "]\n", headers=headers)
 
     async def stream(status: Status | None, page: Page) -> AsyncIterator[str]:
