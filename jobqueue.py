@@ -957,9 +957,10 @@ SCRIPTS = {
         local next_due = first('delayed').time
         local wait = more and 0 or next_due < math.huge and math.max(0, next_due - now) or -1
         return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
-    # → the next cursor or '', ids, fields of their jobs (perhaps fewer), and how many jobs each status has
+    # → the next cursor or '', ids, fields of their jobs (perhaps fewer), how many jobs each status has, and
+    #   for how long the first in the queue has been due: -1 if there is none
     "page": """
-        local status, cursor, limit, bytes = unpack(ARGV, 1, 4)  -- then the names of the fields
+        local status, cursor, limit, bytes, cut = unpack(ARGV, 1, 5)  -- then the names of the fields
         local ids, jobs, size = {}, {}, 0
         local function rank(place)  -- of the cursor; false if it is not there
           if cursor == '' then return -1 end
@@ -990,15 +991,24 @@ SCRIPTS = {
           add(status == '' and 'history' or status)
         end
         while #jobs < math.min(#ids, limit) and size < tonumber(bytes) do
-          local held = read(ids[#jobs + 1], unpack(ARGV, 5))
-          for _, value in ipairs(held) do size = size + #(value or '') end
+          local held = read(ids[#jobs + 1], unpack(ARGV, 6))
+          for i, value in ipairs(held) do
+            if value and #value > tonumber(cut) then  -- no character is halved, and no number looks whole
+              held[i] = string.gsub(string.sub(value, 1, cut), '[\\192-\\255][\\128-\\191]*$', '') .. '…'
+            end
+            size = size + #(held[i] or '')
+          end
           jobs[#jobs + 1] = held
         end
         local next = #jobs < #ids and ids[#jobs] or ''
         if status == '' and next ~= '' then next = redis.call('ZSCORE', P .. 'history', next) end
         local function count(place) return redis.call('ZCARD', P .. place) end
         local pending = redis.call('LLEN', P .. 'queue') + count('delayed')
-        return {next, ids, jobs, {pending, count('processing'), count('completed'), count('failed')}}""",
+        local first = redis.call('LINDEX', P .. 'queue', -1)
+        local created, due = unpack(first and read(first, 'created_at', 'due_at') or {})
+        local since = tonumber(due or created or '')
+        return {next, ids, jobs, {pending, count('processing'), count('completed'), count('failed')},
+          since and math.max(0, now - since) or -1}""",
     # → those of the ids whose jobs are finished, or unknown
     "finished": """
         local finished = {}
@@ -1072,6 +1082,7 @@ class Page(NamedTuple):
     cursor: str  # of the next page; empty on the last
     jobs: list[str]  # as JSON
     counts: dict[Status, int]  # of all jobs that are stored
+    oldest: float | None  # seconds for which the first job in the queue has been due
 
 
 class Store:
@@ -1171,15 +1182,19 @@ class Store:
         values = await self._twice("HMGET", f"{self.prefix}job:{job_id}", "status", *FIELDS)
         return (values[0] or "", job_json(job_id, values[1:])) if any(values) else None
 
-    async def page(self, status: Status | None, cursor: str, limit: int, most_bytes: int = 1 << 30) -> Page:
+    async def page(
+        self, status: Status | None, cursor: str, limit: int, most_bytes: int = 1 << 30, cut: int = NO_LIMIT
+    ) -> Page:
         """At most `limit` jobs behind the cursor, from the first if it is empty; fewer if they are large.
 
         Newest first: by submission, or with a `status` by when they began to run, finished, or will be due.
+        What is stored in more than `cut` bytes is cut off there, ends in "…", and is shown as a text.
         """
-        asked = status or "", cursor, limit, most_bytes
-        following, ids, jobs, counts = await self._run("page", *asked, *FIELDS)
+        asked = status or "", cursor, limit, most_bytes, cut
+        following, ids, jobs, counts, oldest = await self._run("page", *asked, *FIELDS)
         found = [job_json(id_, job) for id_, job in zip(ids, jobs, strict=False) if any(job)]
-        return Page(following, found, dict(zip(Status, counts, strict=True)))
+        waits = None if oldest < 0 else oldest / 1000
+        return Page(following, found, dict(zip(Status, counts, strict=True)), waits)
 
     async def ping(self) -> None:
         """Ask whether Redis is there."""
@@ -1612,6 +1627,7 @@ async def inspect_redis(pool: WorkerPool) -> None:
 
 PAGE_MOST, CHUNK = 1000, 200  # jobs with ?limit=, and fetched at a time without it
 PAGE_BYTES, CHUNK_BYTES = 4_000_000, 250_000  # either ends behind the job that exceeds this
+CUT_LEAST, CUT_MOST = 100, 10_000  # bytes of a field, with ?cut=
 WAIT_MOST = 30  # seconds, with ?wait=
 BEARER = WWWAuthenticate("bearer", {"realm": "jobqueue"})
 
@@ -1680,9 +1696,9 @@ def parameters(*known: str) -> dict[str, str]:
     return request.args.to_dict()
 
 
-def parse_query() -> tuple[Status | None, str, int | None]:
-    """The status, cursor and limit that `GET /jobs` asks for; or BadRequest."""
-    query = parameters("status", "limit", "cursor")
+def parse_query() -> tuple[Status | None, str, int | None, int]:
+    """The status, cursor, limit and cut that `GET /jobs` asks for; or BadRequest."""
+    query = parameters("status", "limit", "cursor", "cut")
     status, cursor, limit = query.get("status"), query.get("cursor", ""), query.get("limit")
     if status is not None and status not in list(Status):
         raise http.BadRequest(f"status must be one of: {', '.join(Status)}")
@@ -1690,9 +1706,12 @@ def parse_query() -> tuple[Status | None, str, int | None]:
         raise http.BadRequest(
             "cursor must be one from a Link header, with the status that was asked for there"
         )
-    if limit is not None and not (re.fullmatch(r"[0-9]{1,4}", limit) and 1 <= int(limit) <= PAGE_MOST):
-        raise http.BadRequest(f"limit must be a whole number from 1 to {PAGE_MOST}")
-    return Status(status) if status else None, cursor, int(limit) if limit else None
+    for name, least, most in (("limit", 1, PAGE_MOST), ("cut", CUT_LEAST, CUT_MOST)):
+        text = query.get(name, str(least))
+        if not (re.fullmatch(r"[0-9]{1,5}", text) and least <= int(text) <= most):
+            raise http.BadRequest(f"{name} must be a whole number from {least} to {most}")
+    cut = int(query.get("cut", NO_LIMIT))
+    return Status(status) if status else None, cursor, int(limit) if limit else None, cut
 
 
 def parse_wait() -> float:
@@ -1851,21 +1870,23 @@ def create_app(pool: WorkerPool) -> QuartTrio:
     async def index() -> Response:
         if wants_page():
             return await live_page()
-        status, cursor, limit = parse_query()
-        page = await store.page(status, cursor, limit or CHUNK, PAGE_BYTES if limit else CHUNK_BYTES)
+        status, cursor, limit, cut = parse_query()
+        page = await store.page(status, cursor, limit or CHUNK, PAGE_BYTES if limit else CHUNK_BYTES, cut)
         headers = {"Vary": "Accept", "Cache-Control": "no-store"}
         if limit is None:
-            return answer(stream(status, page), headers=headers)
+            return answer(stream(status, page, cut), headers=headers)
         headers["Job-Counts"] = ", ".join(f"{name}={count}" for name, count in page.counts.items())
+        if page.oldest is not None:
+            headers["Job-Oldest-Seconds"] = f"{page.oldest:.3f}"
         if page.cursor:
-            query = ({"status": status} if status else {}) | {"limit": limit, "cursor": page.cursor}
+            query = {**request.args.to_dict(), "cursor": page.cursor}
             headers["Link"] = f'<jobs?{urlencode(query)}>; rel="next"'
         return answer("[" + ",\n".join(page.jobs) + "]\n", headers=headers)
 
-    async def stream(status: Status | None, page: Page) -> AsyncIterator[str]:
+    async def stream(status: Status | None, page: Page, cut: int) -> AsyncIterator[str]:
         yield "[" + ",\n".join(page.jobs)
         while page.cursor:
-            page = await store.page(status, page.cursor, CHUNK, CHUNK_BYTES)
+            page = await store.page(status, page.cursor, CHUNK, CHUNK_BYTES, cut)
             yield "".join(",\n" + job for job in page.jobs)
         yield "]\n"
 

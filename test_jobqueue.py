@@ -903,7 +903,7 @@ async def shown_job(bench: Bench, job_id: str) -> dict[str, Any]:
 async def listed(bench: Bench, status: Status | None, limit: int) -> list[list[str]]:
     pages, cursor = [], ""
     while True:
-        cursor, jobs, _ = await bench.store.page(status, cursor, limit)
+        cursor, jobs, *_ = await bench.store.page(status, cursor, limit)
         pages.append([json.loads(job)["id"] for job in jobs])
         if not cursor:
             return pages
@@ -916,9 +916,9 @@ async def test_pages_are_newest_first_and_cover_every_job_once(bench: Bench) -> 
 
 async def test_jobs_that_come_while_one_reads_do_not_shift_the_pages(bench: Bench) -> None:
     ids = await submitted(bench, 4)
-    cursor, jobs, _ = await bench.store.page(None, "", 2)
+    cursor, jobs, *_ = await bench.store.page(None, "", 2)
     await submitted(bench, 5)
-    _, more, _ = await bench.store.page(None, cursor, 2)
+    _, more, *_ = await bench.store.page(None, cursor, 2)
     assert [json.loads(job)["id"] for job in jobs + more] == ids[::-1]
 
 
@@ -940,9 +940,35 @@ async def test_pages_by_status_are_the_places_of_that_status(bench: Bench) -> No
     assert pending[2:] == ids[:5:-1]
 
 
+async def test_a_page_tells_for_how_long_the_first_in_the_queue_has_been_due(bench: Bench) -> None:
+    assert (await bench.store.page(None, "", 1)).oldest is None
+    await submitted(bench, 1, delay=60)
+    bench.move(10)
+    assert (await bench.store.page(None, "", 1)).oldest is None
+    await submitted(bench, 2)
+    bench.move(2.5)
+    assert (await bench.store.page(Status.FAILED, "", 1)).oldest == 2.5
+    for n in range(2):
+        await report(bench, await claim(bench, f"i:{n}"), "complete", "0")
+    bench.move(50)  # which is 2.5 s after the delay
+    await bench.store.sweep(0)
+    assert (await bench.store.page(None, "", 1)).oldest == 2.5
+
+
+async def test_a_page_cuts_long_values_and_never_a_character_or_a_number(bench: Bench) -> None:
+    [job_id] = await submitted(bench)
+    cut = {"payload": '{"a":"' + "ä" * 200 + '"}', "result": "1" * 200, "error": "x" * 100, "attempts": "0"}
+    bench.client.hset(f"{PREFIX}job:{job_id}", mapping=cut)
+    [text] = (await bench.store.page(None, "", 1, cut=101)).jobs
+    job = json.loads(text)
+    assert (job["result"], job["error"], job["attempts"]) == ("1" * 101 + "…", "x" * 100, 0)
+    assert re.fullmatch('{"a":"ä{46,47}…', job["payload"])
+    assert len((await bench.store.page(None, "", 1)).jobs[0]) > 500
+
+
 async def test_a_cursor_that_left_its_place_ends_the_list(bench: Bench) -> None:
     ids = await submitted(bench, 4)
-    cursor, _, _ = await bench.store.page(Status.PENDING, "", 2)
+    cursor, *_ = await bench.store.page(Status.PENDING, "", 2)
     for n in range(4):
         await claim(bench, f"i:{n}")
     assert cursor == ids[2]
@@ -1847,6 +1873,9 @@ async def test_a_body_over_the_limit_is_413(api: Api) -> None:
         ("GET", "/jobs?limit=-1", 400),
         ("GET", "/jobs?limit=x", 400),
         ("GET", "/jobs?limit=", 400),
+        ("GET", "/jobs?cut=99", 400),
+        ("GET", "/jobs?cut=10001", 400),
+        ("GET", "/jobs?cut=", 400),
         ("GET", "/jobs?limit=%D9%A1", 400),
         ("GET", "/jobs?status=done", 400),
         ("GET", "/jobs?status=", 400),
@@ -1897,6 +1926,26 @@ async def test_links_lead_through_all_pages(api: Api, query: str) -> None:
         assert not link or link.endswith('>; rel="next"')
         path = link and urljoin(path, link[1:].partition(">")[0])
     assert seen == [job["id"] for job in ids][::-1]
+
+
+async def test_a_list_can_be_asked_for_in_short_and_its_link_says_so_too(api: Api) -> None:
+    long = {"job_type": "email", "payload": {"to": "a@b.c", "subject": "x", "body": "y" * 90_000}}
+    await api.post([long] * 2)
+    _, jobs = await api.get("/jobs?limit=1&cut=100")
+    assert jobs[0]["payload"].endswith("yyy…")
+    assert len(json.dumps(jobs)) < 1000
+    assert "cut=100" in api.headers["Link"]
+    _, jobs = await api.get("/jobs?cut=100")
+    assert [len(job["payload"]) for job in jobs] == [101, 101]
+
+
+async def test_the_age_of_the_oldest_job_in_the_queue_stands_beside_the_counts(api: Api) -> None:
+    await api.get("/jobs?limit=1")
+    assert "Job-Oldest-Seconds" not in api.headers
+    await api.post(GOOD)
+    api.bench.move(1.5)
+    await api.get("/jobs?limit=1")
+    assert api.headers["Job-Oldest-Seconds"] == "1.500"
 
 
 async def test_redis_away_is_503_with_retry_after(api: Api) -> None:
