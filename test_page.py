@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import http.client
+import itertools
 import json
+import os
+import re
+import select
 import shutil
+import socket
+import subprocess
+import threading
 from collections.abc import Callable, Iterator
+from email.message import Message
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import pytest
 from selenium import webdriver
@@ -19,7 +30,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
-from conftest import MODULE, Program, RedisServer, eventually, missing
+from conftest import MODULE, PATIENCE_SECONDS, Program, RedisServer, eventually, free_port, missing
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -101,6 +112,13 @@ class Page:
     def shows(self, text: str, selector: str = "body") -> None:
         """Wait for a text."""
         eventually(lambda: text in self.text(selector), f"{selector} shows {text!r}")
+
+    def top(self, job_id: str) -> float:
+        """Where a row begins, in pixels below the top edge of the screen."""
+        top: float = self.run(
+            "return document.getElementById(arguments[0]).getBoundingClientRect().top", job_id
+        )
+        return top
 
     def ids(self) -> list[str]:
         """The ids of the jobs listed, from the top."""
@@ -220,7 +238,19 @@ def test_the_document_is_named_and_every_control_has_a_name(start: Start, visit:
     inputs = page.all("main input")
     labels = [page.run("return arguments[0].labels[0].innerText", field).split()[0] for field in inputs]
     options = ["delay", "timeout", "max_retries"]
-    assert labels == ["to", "subject", "body", *options, "a", "b", *options, "seconds", *options, "Show", "Open"]
+    assert labels == [
+        "to",
+        "subject",
+        "body",
+        *options,
+        "a",
+        "b",
+        *options,
+        "seconds",
+        *options,
+        "Show",
+        "Open",
+    ]
     told = page.accessibility()
     controls = {"button", "link", "textbox", "spinbutton", "DisclosureTriangle", "form", "navigation"}
     assert controls <= {role for role, _ in told}
@@ -364,6 +394,165 @@ def test_the_page_says_that_redis_is_away_and_goes_on_when_it_is_back(
     page.shows("Live", "#live")
     job_id = program.submit("math", a=3, b=4)
     page.shows("7", f"{page.row(job_id)} .outcome")
+
+
+# ── That it holds still ─────────────────────────────────────────────────────────────────────────
+
+
+def test_no_row_moves_under_the_pointer_and_the_page_says_what_it_holds_back(
+    start: Start, visit: Visit
+) -> None:
+    program = start("--workers", "0")
+    old = many(program, "math", 5, a=1, b=2)
+    page = visit(program)
+    page.shows("pending", page.row(old[2]))
+    page.point_at(page.row(old[2]))
+    new = many(program, "math", 3, a=3, b=4)
+    page.shows("3 new", "#live")
+    program.call("DELETE", f"/job/{old[2]}")
+    page.shows("failed", page.row(old[2]))
+    assert page.ids() == old
+    page.point_away()
+    eventually(lambda: page.ids() == new + old, "the new jobs are at the top")
+    page.shows("Live", "#live")
+    assert "new" not in page.text("#live")
+
+
+def test_under_the_pointer_a_job_that_left_the_filter_stays_and_is_shown_as_it_is(
+    start: Start, visit: Visit
+) -> None:
+    program = start("--workers", "0")
+    jobs = many(program, "math", 5, a=1, b=2)
+    page = visit(program, "/jobs?status=pending")
+    page.shows("pending", page.row(jobs[0]))
+    page.point_at(page.row(jobs[3]))
+    for job_id in jobs[:3]:
+        program.call("DELETE", f"/job/{job_id}")
+        page.shows("failed", page.row(job_id))
+    assert page.ids() == jobs
+    page.point_away()
+    eventually(lambda: page.ids() == jobs[3:], "they are gone")
+
+
+@pytest.mark.parametrize("status", ["pending", "processing"])
+def test_two_clicks_on_cancel_at_one_place_cancel_one_job(start: Start, visit: Visit, status: str) -> None:
+    program = start("--workers", "0" if status == "pending" else "10")
+    jobs = many(program, "long", 8, seconds=1000)
+    page = visit(program, f"/jobs?status={status}")
+    eventually(lambda: set(page.ids()) == set(jobs))
+    aimed_at = page.ids()[3]
+    here = page.point_at(f"{page.row(aimed_at)} [data-is=cancel]")
+    here.click().perform()
+    page.shows("cancelled", "#said")
+    eventually(lambda: page.text(f"{page.row(aimed_at)} .status") in ("failed", ""), "it is shown")
+    here.click().perform()
+    page.run("return new Promise(requestAnimationFrame)")
+    assert page.text(f"{page.row(aimed_at)} [data-is=said]") == "cancelled"
+    page.point_away()
+    eventually(lambda: page.counts()["failed"] == 1, "one is counted")
+    others = {program.job(job_id)["status"] for job_id in jobs if job_id != aimed_at}
+    assert others == {status}
+
+
+def test_a_second_click_within_half_a_second_does_nothing(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    first, second = many(program, "math", 2, a=1, b=2)
+    page = visit(program)
+    buttons = [page.one(f"{page.row(job_id)} [data-is=cancel]") for job_id in (first, second)]
+    page.run("for (const button of arguments[0]) button.click()", buttons)
+    page.shows("failed", page.row(first))
+    page.rests(f"{page.row(second)} [data-is=cancel]")
+    assert program.job(second)["status"] == "pending"
+    eventually(lambda: not page.run("return document.querySelector('[aria-busy=true]')"))
+    page.one(f"{page.row(second)} [data-is=cancel]").click()
+    page.shows("failed", page.row(second))
+
+
+def test_a_row_says_why_a_click_did_nothing(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    [job_id] = many(program, "math", 1, a=1, b=2)
+    page = visit(program)
+    button = page.one(f"{page.row(job_id)} [data-is=cancel]")
+    page.one("#pause").click()
+    page.shows("Paused", "#live")
+    program.call("DELETE", f"/job/{job_id}")
+    button.click()
+    page.shows("the job is failed already", page.row(job_id))
+
+
+def test_the_row_that_is_read_keeps_its_index_when_it_leaves_the_filter(start: Start, visit: Visit) -> None:
+    program = start("--workers", "10")
+    many(program, "long", 10, seconds=1000)
+    page = visit(program, "/jobs?status=processing")
+    eventually(lambda: len(page.ids()) == 10)
+    before = page.ids()
+    page.open_details(before[5])
+    top = page.top(before[5])
+    program.call("DELETE", f"/job/{before[5]}")
+    page.shows("failed", page.row(before[5]))
+    program.call("DELETE", f"/job/{before[8]}")
+    eventually(lambda: before[8] not in page.ids(), "the list moves on")
+    assert page.ids() == [job_id for job_id in before if job_id != before[8]]
+    assert page.top(before[5]) == pytest.approx(top, abs=1)
+
+
+@pytest.mark.parametrize("new_jobs", [3, 60])
+def test_the_row_that_is_read_keeps_its_place_on_the_screen_at_the_very_top(
+    start: Start, visit: Visit, new_jobs: int
+) -> None:
+    program = start("--workers", "0")
+    old = many(program, "math", 20, a=1, b=2)
+    page = visit(program)
+    page.open_details(old[2])
+    top = page.top(old[2])
+    assert page.run("return scrollY") == 0
+    new = many(program, "math", new_jobs, a=3, b=4)
+    eventually(lambda: page.ids()[0] == new[0], "the new jobs are at the top")
+    assert page.top(old[2]) == pytest.approx(top, abs=1)
+
+
+def test_the_row_that_is_read_keeps_its_place_when_those_above_it_leave(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    jobs = many(program, "math", 20, a=1, b=2)
+    page = visit(program, "/jobs?status=pending")
+    page.open_details(jobs[4])
+    top = page.top(jobs[4])
+    for job_id in (*jobs[:4], *jobs[5:]):
+        program.call("DELETE", f"/job/{job_id}")
+    eventually(lambda: page.ids() == [jobs[4]], "it is alone")
+    assert page.top(jobs[4]) == pytest.approx(top, abs=1)
+    page.open_details(jobs[4])
+    eventually(lambda: page.top(jobs[4]) < top, "once it is closed, the gap closes too")
+
+
+def test_a_pause_stops_the_list_and_counts_what_is_new(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    old = many(program, "math", 3, a=1, b=2)
+    page = visit(program)
+    eventually(lambda: page.ids() == old)
+    page.one("#pause").click()
+    page.shows("Paused", "#live")
+    new = many(program, "math", 12, a=3, b=4)
+    page.shows("Paused, 12 new", "#live")
+    new = many(program, "math", 100, a=3, b=4) + new
+    page.shows("Paused, 112 new", "#live")
+    assert page.ids() == old
+    assert page.counts()["all"] == 3
+    assert page.text("#pause") == "Continue"
+    page.one("#pause").click()
+    eventually(lambda: page.ids() == new[:50], "it goes on")
+    assert page.text("#pause") == "Pause"
+
+
+def test_older_shows_the_top_of_the_next_page(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    jobs = many(program, "math", 120, a=1, b=2)
+    page = visit(program)
+    for first in (50, 100):
+        eventually(lambda: page.text("#older"), "there is a next page")
+        page.one("#older").click()
+        eventually(lambda first=first: page.ids()[:1] == [jobs[first]])
+        eventually(lambda first=first: 0 <= page.top(jobs[first]) < 300, "its top is to be seen")
 
 
 # ── Filter, pages ───────────────────────────────────────────────────────────────────────────────
@@ -602,6 +791,396 @@ def test_the_page_is_used_with_the_keyboard_alone(start: Start, visit: Visit) ->
     )
 
 
+# ── That it sends what is meant, once ───────────────────────────────────────────────────────────
+
+
+def test_a_job_is_submitted_again_with_its_timeout_and_retries(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    job = {"job_type": "math", "payload": {"a": 1, "b": 2}, "timeout": 7.5, "max_retries": 42}
+    _, answer = program.call("POST", "/job", job)
+    page = visit(program)
+    page.open_details(answer["id"])
+    page.one(f"{page.row(answer['id'])} [data-is=again]").click()
+    page.shows("submitted again", "#said")
+    page.point_away()
+    new = eventually(lambda: len(page.ids()) == 2 and page.ids())[0]
+    assert {name: program.job(new)[name] for name in job} == job
+
+
+class LosingProxy:
+    """Passes requests on, and loses the reply to the first POST that comes on a connection in use."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self.lost = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=[client], daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with (
+            client,
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", self._target)) as server,
+        ):
+            for n in itertools.count():
+                ready, _, _ = select.select([client, server], [], [])
+                data = ready[0].recv(1 << 20)
+                if not data:
+                    return
+                if ready[0] is server:
+                    client.sendall(data)
+                    continue
+                server.sendall(data)
+                if n and not self.lost and data.startswith(b"POST"):
+                    while b"202" not in server.recv(1 << 20):  # not merely "100 Continue"
+                        pass
+                    self.lost += 1
+                    return
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_a_submission_whose_reply_was_lost_and_which_the_browser_repeats_is_one_job(
+    start: Start, visit: Visit
+) -> None:
+    program = start("--workers", "0")
+    proxy = LosingProxy(program.port)
+    page = visit(program, port=proxy.port)
+    page.shows("No jobs yet", "#none")
+    page.fill_and_submit("math", a="1", b="2")
+    eventually(lambda: proxy.lost, "a reply was lost")
+    eventually(lambda: page.counts()["all"] == 1)
+    assert len(program.call("GET", "/jobs")[1]) == 1
+    proxy.close()
+
+
+def test_a_double_click_on_submit_makes_one_job(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    page = visit(program)
+    page.one("details:has(> form[data-job-type=long]) > summary").click()
+    button = "form[data-job-type=long] [type=submit]"
+    page.point_at(button).click().perform()
+    page.shows("long: submitted", "#said")
+    page.run("arguments[0].click()", page.one(button))
+    page.rests(button)
+    assert len(program.call("GET", "/jobs")[1]) == 1
+
+
+def test_delay_timeout_and_retries_can_be_submitted_too(start: Start, visit: Visit) -> None:
+    program = start()
+    page = visit(program)
+    page.one("details:has(> form[data-job-type=long]) > summary").click()
+    assert page.text("form[data-job-type=long] [data-option=delay]") == ""
+    page.one("form[data-job-type=long] .more > summary").click()
+    for name, text in {"delay": "500", "timeout": ".5", "max_retries": "7"}.items():
+        page.one(f"form[data-job-type=long] [data-option={name}]").send_keys(text)
+    job = program.job(page.fill_and_submit("long"))
+    assert (job["timeout"], job["max_retries"], job["status"]) == (0.5, 7, "pending")
+    assert job["due_at"]
+
+
+# ── Addresses, troubles ─────────────────────────────────────────────────────────────────────────
+
+
+def test_behind_a_proxy_that_strips_a_path_every_address_keeps_it(
+    start: Start, visit: Visit, tmp_path: Path
+) -> None:
+    program = start()
+    port = serve_under_path(program, tmp_path)
+    for path, leads_to in {"/queue/": "/queue/jobs", "/queue": "/queue/"}.items():
+        status, headers, _ = fetch(port, "GET", path)
+        assert (status // 100, urlsplit(urljoin(path, headers["Location"])).path) == (3, leads_to)
+    body = json.dumps([{"job_type": "math", "payload": {"a": 1, "b": 2}}] * 60).encode()
+    assert fetch(port, "POST", "/queue/job", body)[0] == 202
+    _, headers, text = fetch(port, "POST", "/queue/job", b'{"job_type": "math", "payload": {"a": 3, "b": 4}}')
+    address = urljoin("/queue/job", headers["Location"])
+    assert fetch(port, "GET", address)[0] == 200
+    job_id = json.loads(text)["id"]
+    _, headers, _ = fetch(port, "GET", "/queue/jobs?limit=50")
+    following = urljoin("/queue/jobs", headers["Link"][1:].partition(">")[0])
+    assert len(json.loads(fetch(port, "GET", following)[2])) == 11
+    page = visit(program, "/queue/", port=port)
+    page.shows("7", f"{page.row(job_id)} .outcome")
+    assert page.browser.current_url == f"{page.origin}/queue/jobs"
+    page.one("#older").click()
+    eventually(lambda: len(page.ids()) == 11, "the second page")
+    page.one("[data-filter=completed]").click()
+    assert page.browser.current_url == f"{page.origin}/queue/jobs?status=completed"
+    eventually(lambda: len(page.ids()) == 50, "the completed ones")
+    page.fill_and_submit("math", a="40", b="2")
+    assert page.browser.current_url == f"{page.origin}/queue/jobs"
+
+
+def serve_under_path(program: Program, folder: Path) -> int:
+    """Start nginx as the README has it, in front of the program; its port. It ends with this process."""
+    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if not nginx:
+        missing("nginx")
+    port = free_port()
+    (folder / "nginx.conf").write_text(
+        f"""
+        daemon off; master_process off; pid {folder}/nginx.pid; error_log stderr;
+        events {{}}
+        http {{
+            access_log off;
+            client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+            fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+            server {{
+                listen 127.0.0.1:{port};
+                location /queue/ {{ proxy_pass http://127.0.0.1:{program.port}/; }}
+            }}
+        }}"""
+    )
+    process = subprocess.Popen([str(nginx), "-p", str(folder), "-c", "nginx.conf", "-e", "stderr"])
+    atexit.register(process.kill)
+
+    def answers() -> bool:
+        with contextlib.suppress(ConnectionRefusedError):
+            return bool(fetch(port, "GET", "/queue/")[0])
+        return False
+
+    eventually(answers, "nginx answers")
+    return port
+
+
+def fetch(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, Message, str]:
+    """Status, headers and text of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
+    with contextlib.closing(connection):
+        connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+        response = connection.getresponse()
+        return response.status, response.headers, response.read().decode()
+
+
+def test_a_job_has_an_address_that_opens_it_wherever_it_is_listed(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    jobs = many(program, "math", 60, a=1, b=2)
+    page = visit(program, f"/jobs?status=failed#{jobs[-1]}")
+    eventually(lambda: page.detail(jobs[-1], "payload"), "it is open, though it is not listed")
+    assert page.detail(jobs[-1], "id") == jobs[-1]
+    page.one("[data-filter='']").click()
+    eventually(lambda: page.ids() == jobs[:50], "the address without it")
+    page.one("#find input").send_keys(f" {jobs[-2]} ", Keys.ENTER)
+    eventually(lambda: page.detail(jobs[-2], "payload"), "it is open")
+    assert page.browser.current_url == f"{page.origin}/jobs#{jobs[-2]}"
+    assert page.ids() == [jobs[-2], *jobs[:50]]
+    new = many(program, "math", 1, a=1, b=2)
+    eventually(lambda: page.ids() == [jobs[-2], *new, *jobs[:49]], "it stays at the top")
+    page.open_details(jobs[-2])
+    page.run("document.activeElement.blur()")
+    eventually(lambda: page.ids() == new + jobs[:49], "closed and left, it is gone")
+    assert page.browser.current_url == f"{page.origin}/jobs"
+
+
+@pytest.mark.parametrize("unknown", ["nothing", "00000000-0000-0000-0000-000000000000", "<b>%"])
+def test_an_address_of_no_job_says_so(start: Start, visit: Visit, unknown: str) -> None:
+    page = visit(start(), f"/jobs#{unknown}")
+    page.shows("there is no job", "#found")
+    page.one("#find input").send_keys(unknown, Keys.ENTER)
+    page.shows("there is no job", "#found")
+    page.shows("Live", "#live")
+
+
+def test_an_unknown_status_is_said_and_not_asked_for_again(start: Start, visit: Visit) -> None:
+    program = start()
+    page = visit(program, "/jobs?status=done")
+    page.shows("status must be one of", "#none")
+    page.browser.execute_async_script("setTimeout(arguments[0], 2500)")
+    asked = (
+        "return performance.getEntriesByType('resource').filter((e) => e.name.includes('status=done')).length"
+    )
+    assert page.run(asked) == 1
+    page.one("[data-filter='']").click()
+    page.shows("No jobs yet", "#none")
+
+
+def test_a_filter_chosen_while_the_service_is_away_shows_no_old_rows(start: Start, visit: Visit) -> None:
+    program = start()
+    job_id = program.submit("math", a=1, b=2)
+    page = visit(program)
+    page.shows("completed", page.row(job_id))
+    program.kill()
+    page.shows("The service does not answer", "#live")
+    assert page.ids() == [job_id]
+    page.one("[data-filter=failed]").click()
+    page.shows("The service does not answer", "#none")
+    assert page.ids() == []
+    assert page.text("[aria-current=page]").startswith("Failed")
+    start("--port", str(program.port))
+    page.shows("No failed jobs.", "#none")
+
+
+def test_a_form_takes_back_that_the_service_does_not_answer(start: Start, visit: Visit) -> None:
+    program = start()
+    page = visit(program)
+    page.shows("Live", "#live")
+    program.kill()
+    page.one("details:has(> form[data-job-type=long]) > summary").click()
+    page.one("form[data-job-type=long] [type=submit]").click()
+    page.shows("The service does not answer", "form[data-job-type=long] output")
+    start("--port", str(program.port))
+    page.shows("The service answers again", "form[data-job-type=long] output")
+    page.shows("Live", "#live")
+    page.fill_and_submit("long")
+    assert page.text("form[data-job-type=long] output") == ""
+
+
+def test_behind_the_token_dialog_nothing_says_that_the_service_is_away(start: Start, visit: Visit) -> None:
+    program = start()
+    page = visit(program)
+    page.shows("Live", "#live")
+    program.kill()
+    page.shows("The service does not answer", "#live")
+    start("--port", str(program.port), API_TOKEN="secret")
+    page.shows("This queue asks for a token", "#token")
+    assert "does not answer" not in page.text("body")
+    assert page.text("#live") == "Waiting for the token"
+
+
+def test_a_token_with_a_space_is_refused_with_the_reason(start: Start, visit: Visit) -> None:
+    page = visit(start(API_TOKEN="secret"))
+    field = page.one("#token input")
+    field.send_keys("se cret", Keys.ENTER)
+    page.shows("no spaces", "#refused")
+    field.clear()
+    field.send_keys(" secret ", Keys.ENTER)  # as it comes from a clipboard
+    page.shows("No jobs yet", "#none")
+
+
+def test_the_same_filter_three_times_is_one_step_back(start: Start, visit: Visit) -> None:
+    page = visit(start())
+    page.shows("No jobs yet", "#none")
+    for _ in range(3):
+        page.one("[data-filter=failed]").click()
+        page.shows("No failed jobs.", "#none")
+    page.browser.back()
+    page.shows("No jobs yet", "#none")
+
+
+def test_a_list_of_large_jobs_is_small_and_an_open_one_is_whole(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    text = "ä" * 90_000
+    jobs = [many(program, "email", 1, to="a@example.org", subject="x", body=text)[0] for _ in range(30)][::-1]
+    page = visit(program)
+    eventually(lambda: page.ids() == jobs)
+    asked = "return Math.max(...performance.getEntriesByType('resource').map((e) => e.transferSize))"
+    assert page.run(asked) < 50_000
+    page.open_details(jobs[3])
+    eventually(lambda: text in page.detail(jobs[3], "payload"), "all of it")
+    assert page.run(f'return document.querySelector("{page.row(jobs[3])} pre").tabIndex') == 0
+    page.one(f"{page.row(jobs[3])} [data-is=again]").click()
+    page.shows("submitted again as", "#said")
+    page.point_away()
+    new = eventually(lambda: len(page.ids()) == 31 and page.ids()[0])
+    assert program.job(new)["payload"]["body"] == text
+
+
+# ── What matters ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_row_shows_the_payload_until_there_is_a_result(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    jobs = [many(program, "email", 1, to=f"{n}@example.org", subject="x", body="y")[0] for n in range(2)]
+    page = visit(program)
+    for n, job_id in enumerate(jobs):
+        page.shows(f'{{"to":"{n}@example.org"', f"{page.row(job_id)} .outcome")
+
+
+def test_a_row_shows_the_progress_as_a_bar_with_its_note(start: Start, visit: Visit) -> None:
+    program = start()
+    job_id = program.submit("long", seconds=20)
+    page = visit(program)
+    page.shows("of 20 s", f"{page.row(job_id)} .outcome")
+    bar = page.one(f"{page.row(job_id)} progress")
+    eventually(lambda: 0 < float(bar.get_property("value")) < 1, "it moves")  # type: ignore[arg-type]
+    assert ("progressbar", "Progress") in [(role.lower(), name) for role, name in page.accessibility()]
+
+
+def test_the_chart_tells_its_figures_in_words(start: Start, visit: Visit) -> None:
+    program = start("--workers", "1", "--max-retries", "0")
+    page = visit(program)
+    page.shows("No jobs yet", "#none")
+    many(program, "math", 20, a=1, b=2)
+    program.ended(program.submit("math", a="one", b=2))
+    many(program, "long", 4, seconds=1000)
+    page.shows("pending 3", "#chart")
+    page.shows("processing 1", "#chart")
+    page.shows("The oldest waits", "#oldest")
+    words = [name for role, name in page.accessibility() if "last five minutes:" in name]
+    assert re.fullmatch(r"Finished a second, .*: completed .* now, at most [\d.]+; failed .*", words[0])
+    assert "at most 0;" not in words[0]
+    assert words[1].startswith("Jobs now, in the last five minutes: pending 3 now, at most")
+    assert all(len(line.get_attribute("points") or "") > 10 for line in page.all("polyline"))
+
+
+def test_all_that_is_listed_is_cancelled_after_a_question(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    emails = many(program, "email", 3, to="a@example.org", subject="x", body="y")
+    maths = many(program, "math", 4, a=1, b=2)
+    page = visit(program)
+    eventually(lambda: len(page.ids()) == 7)
+    Select(page.one("#type")).select_by_visible_text("math")
+    page.one("#cancel-all").click()
+    assert page.text("#asked") == "Cancel 4 jobs?"
+    page.one("#no").click()
+    assert page.counts()["failed"] == 0
+    page.one("#cancel-all").click()
+    page.one("#question [type=submit]").click()
+    page.shows("4 jobs cancelled", "#consequence")
+    page.one("#no").click()
+    assert {program.job(job_id)["status"] for job_id in maths} == {"failed"}
+    assert {program.job(job_id)["status"] for job_id in emails} == {"pending"}
+    eventually(lambda: not page.one("#cancel-all").is_enabled(), "there is nothing more to cancel")
+
+
+def test_all_failed_ones_that_are_listed_are_retried_after_a_question(start: Start, visit: Visit) -> None:
+    program = start("--max-retries", "0", "--workers", "1")
+    done = program.submit("math", a=1, b=2)
+    bad = [program.submit("math", a=f"x{n}", b=2) for n in range(3)]
+    program.ended(bad[-1])
+    page = visit(program)
+    page.shows("failed", page.row(bad[-1]))
+    page.one("#retry-all").click()
+    assert page.text("#asked") == "Retry 3 jobs?"
+    page.one("#question [type=submit]").click()
+    page.shows("3 jobs submitted again", "#consequence")
+    page.one("#no").click()
+    eventually(lambda: len(page.ids()) == 7, "as new jobs")
+    payloads = [job["payload"] for job in program.call("GET", "/jobs")[1]]
+    assert sorted(map(str, payloads)) == sorted(
+        [str({"a": 1, "b": 2}), *(str({"a": f"x{n}", "b": 2}) for n in range(3) for _ in range(2))]
+    )
+    assert program.job(done)["status"] == "completed"
+
+
+def test_what_is_shown_can_be_narrowed_by_type_and_text(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    [email] = many(program, "email", 1, to="ada@example.org", subject="x", body="y")
+    [math] = many(program, "math", 1, a="ada", b=2)
+    page = visit(program)
+    eventually(lambda: len(page.ids()) == 2)
+
+    def shown() -> list[str]:
+        return [body.get_attribute("id") or "" for body in page.all("tbody") if body.is_displayed()]
+
+    page.one("#text").send_keys("ADA")
+    assert shown() == [math, email]
+    Select(page.one("#type")).select_by_visible_text("email")
+    assert shown() == [email]
+    page.one("#text").send_keys(" is not there")
+    page.shows("None of the 2 jobs on this page has that type and text.", "#none")
+    [new] = many(program, "email", 1, to="ada is not there", subject="x", body="y")
+    eventually(lambda: shown() == [new], "what is new is narrowed, too")
+
+
 # ── Whom it trusts ──────────────────────────────────────────────────────────────────────────────
 
 ATTACKS = ("<script>document.title = 'owned'</script>", "<img src=data:, onerror=document.title=1>")
@@ -680,6 +1259,137 @@ def test_texts_stand_out_from_what_is_behind_them(start: Start, visit: Visit, sc
     page.open_details(page.ids()[0])
     assert page.run(CONTRAST) == []
     assert page.run("return getComputedStyle(document.body).backgroundColor") == BACKGROUND[scheme]
+
+
+def test_forced_colours_leave_the_current_filter_to_be_seen(start: Start, visit: Visit) -> None:
+    page = visit(start())
+    page.shows("Live", "#live")
+    page.emulate(forced_colors="active")
+    color = "return getComputedStyle(document.querySelector(arguments[0])).backgroundColor"
+    assert page.run(color, "[aria-current=page]") != page.run(color, "[data-filter=failed]")
+
+
+def test_no_figure_of_a_row_takes_a_second_line(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    [job_id] = many(program, "math", 1, a=1, b=2)
+    page = visit(program)
+    cells = "arguments[0].querySelectorAll('.line > :not(.outcome):not(th)')"
+    row = page.one(page.row(job_id))
+    page.one("#pause").click()
+    for width in (320, 640, 960, 1000, 1280, 1920):
+        page.emulate(width, 900)
+        before = row.rect["height"]
+        page.run(
+            f"for (const cell of {cells}) if (cell.querySelector('[data-is=took], [data-is=age]')) "
+            "cell.firstElementChild.textContent = '12 min 13 s'",
+            row,
+        )
+        assert row.rect["height"] == before, width
+        page.run(f"for (const time of {cells}) time.firstElementChild.textContent = ''", row)
+
+
+def test_an_error_has_room_at_every_width(start: Start, visit: Visit) -> None:
+    program = start("--max-retries", "0")
+    job_id = program.submit("math", a="one", b=2)
+    program.ended(job_id)
+    page = visit(program)
+    for width in (320, 500, 832, 840, 961, 1000, 1152, 1160, 1280, 1920):
+        page.emulate(width, 900)
+        page.browser.refresh()
+        page.shows("ValueError", page.row(job_id))
+        assert page.one(f"{page.row(job_id)} .outcome").rect["width"] >= 240, width
+        assert page.run("return document.documentElement.scrollWidth") <= width
+
+
+def test_the_message_below_takes_no_clicks_and_the_mark_before_a_name_is_not_read_out(
+    start: Start, visit: Visit
+) -> None:
+    program = start("--workers", "0")
+    [job_id] = many(program, "math", 1, a=1, b=2)
+    page = visit(program)
+    page.shows("pending", page.row(job_id))
+    page.run("document.querySelector('#said').textContent = ''")
+    hit = "const { x, y, width, height } = document.querySelector('#said').getBoundingClientRect();"
+    assert page.run(f"{hit} return document.elementFromPoint(x + width / 2, y + height / 2)?.id") != "said"
+    assert not [
+        name for _, name in page.accessibility() if "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}" in name
+    ]
+
+
+def test_without_javascript_the_page_says_what_it_needs(start: Start, visit: Visit) -> None:
+    page = visit(start())
+    page.browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        page.browser.refresh()
+        text = page.one("body").text
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    assert text == "Job queue\nThis page needs JavaScript. The API does not: curl …/jobs"
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    """The script of axe-core, which AXE says where to find."""
+    path = os.environ.get("AXE", "")
+    if not path:
+        missing("axe-core, at the path in AXE (see .ci/run)")
+    return Path(path).read_text()
+
+
+AXE_RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+LOOKS = [(width, scheme) for width in (320, 1280) for scheme in ("light", "dark")]
+
+
+def run_axe(page: Page, axe: str) -> list[tuple[str, list[str]]]:
+    """The rules that the page breaks, and the elements that do."""
+    script = f"{axe}; const [rules, done] = arguments; axe.run({{runOnly: rules}}).then(done)"
+    found = page.browser.execute_async_script(script, AXE_RULES)
+    return [
+        (broken["id"], [node["html"][:120] for node in broken["nodes"]]) for broken in found["violations"]
+    ]
+
+
+@pytest.mark.parametrize(("width", "scheme"), LOOKS)
+def test_axe_finds_nothing(start: Start, visit: Visit, axe: str, width: int, scheme: str) -> None:
+    program = start("--workers", "2", "--max-retries", "0")
+    page = visit(program)
+
+    def check(what: str) -> None:
+        page.point_away()
+        assert (what, run_axe(page, axe)) == (what, [])
+
+    page.emulate(width, 900, prefers_color_scheme=scheme)
+    page.shows("No jobs yet", "#none")
+    check("the empty page")
+    many(program, "math", 180, a=1, b=2)
+    bad = many(program, "math", 10, a="one " * 3000, b=2)
+    running, *_ = many(program, "long", 10, seconds=1000)
+    many(program, "email", 5, to="a@example.org", subject="x", body="y")
+    program.ended(bad[0])
+    page.shows("failed", page.row(bad[0]))
+    eventually(lambda: page.all("tbody[data-status=processing]"), "some run")
+    check("200 jobs")
+    page.open_details(bad[0])
+    page.open_details(page.all("tbody[data-status=processing]")[0].get_attribute("id") or running)
+    page.shows("Traceback", page.row(bad[0]))
+    check("open rows")
+    page.one("#cancel-all").click()
+    check("the question")
+    page.one("#no").click()
+    page.one("#pause").click()
+    page.shows("Paused", "#live")
+    check("the paused page")
+    page.one("#pause").click()
+    page.open("/jobs?status=done")
+    page.shows("status must be one of", "#none")
+    check("an error")
+
+
+def test_axe_finds_nothing_in_the_dialog_that_asks_for_a_token(start: Start, visit: Visit, axe: str) -> None:
+    page = visit(start(API_TOKEN="secret"))
+    page.one("#token input").send_keys("se cret", Keys.ENTER)
+    page.shows("no spaces", "#token")
+    assert run_axe(page, axe) == []
 
 
 BACKGROUND = {"light": "rgb(247, 247, 245)", "dark": "rgb(19, 20, 22)"}
