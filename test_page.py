@@ -408,10 +408,10 @@ def test_no_row_moves_under_the_pointer_and_the_page_says_what_it_holds_back(
     page.shows("pending", page.row(old[2]))
     page.point_at(page.row(old[2]))
     new = many(program, "math", 3, a=3, b=4)
-    page.shows("3 new", "#live")
     program.call("DELETE", f"/job/{old[2]}")
     page.shows("failed", page.row(old[2]))
     assert page.ids() == old
+    page.shows("3 new", "#live")
     page.point_away()
     eventually(lambda: page.ids() == new + old, "the new jobs are at the top")
     page.shows("Live", "#live")
@@ -447,11 +447,11 @@ def test_two_clicks_on_cancel_at_one_place_cancel_one_job(start: Start, visit: V
     eventually(lambda: page.text(f"{page.row(aimed_at)} .status") in ("failed", ""), "it is shown")
     here.click().perform()
     page.run("return new Promise(requestAnimationFrame)")
-    assert page.text(f"{page.row(aimed_at)} [data-is=said]") == "cancelled"
     page.point_away()
-    eventually(lambda: page.counts()["failed"] == 1, "one is counted")
+    eventually(lambda: not page.all("[aria-busy=true]"), "what was clicked is done")
     others = {program.job(job_id)["status"] for job_id in jobs if job_id != aimed_at}
     assert others == {status}
+    assert program.job(aimed_at)["error"] == "cancelled"
 
 
 def test_a_second_click_within_half_a_second_does_nothing(start: Start, visit: Visit) -> None:
@@ -461,9 +461,9 @@ def test_a_second_click_within_half_a_second_does_nothing(start: Start, visit: V
     buttons = [page.one(f"{page.row(job_id)} [data-is=cancel]") for job_id in (first, second)]
     page.run("for (const button of arguments[0]) button.click()", buttons)
     page.shows("failed", page.row(first))
-    page.rests(f"{page.row(second)} [data-is=cancel]")
+    eventually(lambda: not page.all("[aria-busy=true]"), "what was clicked is done")
     assert program.job(second)["status"] == "pending"
-    eventually(lambda: not page.run("return document.querySelector('[aria-busy=true]')"))
+    assert page.text(f"{page.row(first)} [data-is=said]") == "cancelled"
     page.one(f"{page.row(second)} [data-is=cancel]").click()
     page.shows("failed", page.row(second))
 
@@ -1040,16 +1040,16 @@ def test_behind_the_token_dialog_nothing_says_that_the_service_is_away(start: St
     program.kill()
     page.shows("The service does not answer", "#live")
     start("--port", str(program.port), API_TOKEN="secret")
-    page.shows("This queue asks for a token", "#token")
+    page.shows("This queue asks for a token", "dialog")
     assert "does not answer" not in page.text("body")
     assert page.text("#live") == "Waiting for the token"
 
 
 def test_a_token_with_a_space_is_refused_with_the_reason(start: Start, visit: Visit) -> None:
     page = visit(start(API_TOKEN="secret"))
-    field = page.one("#token input")
+    field = page.one("dialog input")
     field.send_keys("se cret", Keys.ENTER)
-    page.shows("no spaces", "#refused")
+    page.shows("no spaces", "dialog")
     field.clear()
     field.send_keys(" secret ", Keys.ENTER)  # as it comes from a clipboard
     page.shows("No jobs yet", "#none")
@@ -1114,10 +1114,10 @@ def test_the_chart_tells_its_figures_in_words(start: Start, visit: Visit) -> Non
     page.shows("pending 3", "#chart")
     page.shows("processing 1", "#chart")
     page.shows("The oldest waits", "#oldest")
-    words = [name for role, name in page.accessibility() if "last five minutes:" in name]
+    words = [name for role, name in page.accessibility() if "in the last" in name]
     assert re.fullmatch(r"Finished a second, .*: completed .* now, at most [\d.]+; failed .*", words[0])
     assert "at most 0;" not in words[0]
-    assert words[1].startswith("Jobs now, in the last five minutes: pending 3 now, at most")
+    assert re.fullmatch(r"Jobs now, in the last .*: pending 3 now, at most .*; processing 1 now, .*", words[1])
     assert all(len(line.get_attribute("points") or "") > 10 for line in page.all("polyline"))
 
 
@@ -1275,7 +1275,7 @@ def test_no_figure_of_a_row_takes_a_second_line(start: Start, visit: Visit) -> N
     page = visit(program)
     cells = "arguments[0].querySelectorAll('.line > :not(.outcome):not(th)')"
     row = page.one(page.row(job_id))
-    page.one("#pause").click()
+    program.kill()  # so that nothing writes over the figures
     for width in (320, 640, 960, 1000, 1280, 1920):
         page.emulate(width, 900)
         before = row.rect["height"]
@@ -1330,9 +1330,11 @@ def test_without_javascript_the_page_says_what_it_needs(start: Start, visit: Vis
 @pytest.fixture(scope="module")
 def axe() -> str:
     """The script of axe-core, which AXE says where to find."""
-    path = os.environ.get("AXE", "")
+    path = os.environ.get("AXE")
+    if not path and shutil.which("npm"):
+        missing("axe-core, whose path is in AXE: see .ci/run")
     if not path:
-        missing("axe-core, at the path in AXE (see .ci/run)")
+        pytest.skip("needs axe-core, and there is no npm here to get it")
     return Path(path).read_text()
 
 
