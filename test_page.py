@@ -16,6 +16,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from email.message import Message
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -78,7 +79,7 @@ class Page:
     def point_away(self) -> None:
         """Move the pointer out of the list, which would hold still under it."""
         actions = ActionBuilder(self.browser, duration=0)
-        actions.pointer_action.move_to_location(1, 1)
+        actions.pointer_action.move_to_location(1, 1)  # type: ignore[no-untyped-call]
         actions.perform()
 
     def point_at(self, selector: str) -> webdriver.ActionChains:
@@ -119,6 +120,10 @@ class Page:
             "return document.getElementById(arguments[0]).getBoundingClientRect().top", job_id
         )
         return top
+
+    def has_at_the_top(self, job_id: str) -> bool:
+        """Whether the list begins with this job, and that is to be seen."""
+        return self.ids()[:1] == [job_id] and 0 <= self.top(job_id) < 300
 
     def ids(self) -> list[str]:
         """The ids of the jobs listed, from the top."""
@@ -548,11 +553,10 @@ def test_older_shows_the_top_of_the_next_page(start: Start, visit: Visit) -> Non
     program = start("--workers", "0")
     jobs = many(program, "math", 120, a=1, b=2)
     page = visit(program)
-    for first in (50, 100):
+    for first in (jobs[50], jobs[100]):
         eventually(lambda: page.text("#older"), "there is a next page")
         page.one("#older").click()
-        eventually(lambda first=first: page.ids()[:1] == [jobs[first]])
-        eventually(lambda first=first: 0 <= page.top(jobs[first]) < 300, "its top is to be seen")
+        eventually(partial(page.has_at_the_top, first), "the next page begins at its top")
 
 
 # ── Filter, pages ───────────────────────────────────────────────────────────────────────────────
@@ -1117,7 +1121,7 @@ def test_the_chart_tells_its_figures_in_words(start: Start, visit: Visit) -> Non
     words = [name for role, name in page.accessibility() if "in the last" in name]
     assert re.fullmatch(r"Finished a second, .*: completed .* now, at most [\d.]+; failed .*", words[0])
     assert "at most 0;" not in words[0]
-    assert re.fullmatch(r"Jobs now, in the last .*: pending 3 now, at most .*; processing 1 now, .*", words[1])
+    assert re.fullmatch(r"Jobs now, in the .*: pending 3 now, at most .*; processing 1 now, .*", words[1])
     assert all(len(line.get_attribute("points") or "") > 10 for line in page.all("polyline"))
 
 
