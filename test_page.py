@@ -1,8 +1,7 @@
-"""The live page as a person has it: served by the program itself, in Chromium."""
+"""The live page as a person has it: served by the program itself, in Chromium, and at the end in Firefox."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import http.client
 import itertools
@@ -894,11 +893,52 @@ def test_delay_timeout_and_retries_can_be_submitted_too(start: Start, visit: Vis
 # ── Addresses, troubles ─────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture
+def serve_under_path(tmp_path: Path) -> Iterator[Callable[[Program], int]]:
+    """Starts nginx in front of a program, as the README has it; its port."""
+    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if not nginx:
+        missing("nginx")
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def serve(program: Program) -> int:
+        port = free_port()
+        (tmp_path / "nginx.conf").write_text(
+            f"""
+            daemon off; master_process off; pid {tmp_path}/nginx.pid; error_log stderr;
+            events {{}}
+            http {{
+                access_log off;
+                client_body_temp_path {tmp_path}/body; proxy_temp_path {tmp_path}/proxy;
+                fastcgi_temp_path {tmp_path}/f; uwsgi_temp_path {tmp_path}/u; scgi_temp_path {tmp_path}/s;
+                server {{
+                    listen 127.0.0.1:{port};
+                    location /queue/ {{ proxy_pass http://127.0.0.1:{program.port}/; }}
+                }}
+            }}"""
+        )
+        command = [str(nginx), "-p", str(tmp_path), "-c", "nginx.conf", "-e", "stderr"]
+        processes.append(subprocess.Popen(command))
+
+        def answers() -> bool:
+            with contextlib.suppress(ConnectionRefusedError):
+                return bool(fetch(port, "GET", "/queue/")[0])
+            return False
+
+        eventually(answers, "nginx answers")
+        return port
+
+    yield serve
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
 def test_behind_a_proxy_that_strips_a_path_every_address_keeps_it(
-    start: Start, visit: Visit, tmp_path: Path
+    start: Start, visit: Visit, serve_under_path: Callable[[Program], int]
 ) -> None:
     program = start()
-    port = serve_under_path(program, tmp_path)
+    port = serve_under_path(program)
     for path, leads_to in {"/queue/": "/queue/jobs", "/queue": "/queue/"}.items():
         status, headers, _ = fetch(port, "GET", path)
         assert (status // 100, urlsplit(urljoin(path, headers["Location"])).path) == (3, leads_to)
@@ -921,38 +961,6 @@ def test_behind_a_proxy_that_strips_a_path_every_address_keeps_it(
     eventually(lambda: len(page.ids()) == 50, "the completed ones")
     page.fill_and_submit("math", a="40", b="2")
     assert page.browser.current_url == f"{page.origin}/queue/jobs"
-
-
-def serve_under_path(program: Program, folder: Path) -> int:
-    """Start nginx as the README has it, in front of the program; its port. It ends with this process."""
-    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-    if not nginx:
-        missing("nginx")
-    port = free_port()
-    (folder / "nginx.conf").write_text(
-        f"""
-        daemon off; master_process off; pid {folder}/nginx.pid; error_log stderr;
-        events {{}}
-        http {{
-            access_log off;
-            client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
-            fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
-            server {{
-                listen 127.0.0.1:{port};
-                location /queue/ {{ proxy_pass http://127.0.0.1:{program.port}/; }}
-            }}
-        }}"""
-    )
-    process = subprocess.Popen([str(nginx), "-p", str(folder), "-c", "nginx.conf", "-e", "stderr"])
-    atexit.register(process.kill)
-
-    def answers() -> bool:
-        with contextlib.suppress(ConnectionRefusedError):
-            return bool(fetch(port, "GET", "/queue/")[0])
-        return False
-
-    eventually(answers, "nginx answers")
-    return port
 
 
 def fetch(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, Message, str]:
@@ -1422,3 +1430,135 @@ for (const element of document.querySelectorAll("body *")) {
 }
 return poor;
 """
+
+
+# ── In Firefox ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Firefox:
+    """Firefox, driven by its own protocol, Marionette: Debian has no geckodriver to speak WebDriver with it.
+
+    A message is its length, a colon, and JSON (Firefox Source Docs, *Marionette*, "Protocol").
+    """
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        wishes = {"marionette.port": port, "network.captive-portal-service.enabled": False}
+        lines = [f"user_pref({json.dumps(name)}, {json.dumps(value)});" for name, value in wishes.items()]
+        (folder / "user.js").write_text("\n".join(lines))
+        self._process = subprocess.Popen(
+            ["firefox", "--headless", "--no-remote", "--marionette", "--profile", str(folder)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._socket: socket.socket = eventually(lambda: self._connect(port), "Firefox listens")
+        self._stream = self._socket.makefile("rb")
+        self._read()  # it greets
+        self._number = 0
+        self.command("NewSession", capabilities={})
+
+    def _connect(self, port: int) -> socket.socket | None:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_SECONDS)
+        return None
+
+    def _read(self) -> Any:
+        length = b"".join(iter(lambda: self._stream.read(1), b":"))
+        return json.loads(self._stream.read(int(length)))
+
+    def command(self, name: str, **parameters: Any) -> Any:
+        self._number += 1
+        text = json.dumps([0, self._number, f"WebDriver:{name}", parameters])
+        self._socket.sendall(f"{len(text)}:{text}".encode())
+        _, _, error, answer = self._read()
+        assert not error, error
+        return answer
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.command("ExecuteScript", script=script, args=arguments)["value"]
+
+    def axe(self, axe: str) -> list[str]:
+        script = f"{axe}; const [rules, done] = arguments; axe.run({{runOnly: rules}}).then(done)"
+        found = self.command("ExecuteAsyncScript", script=script, args=[AXE_RULES])["value"]
+        return [broken["id"] for broken in found["violations"]]
+
+    def text(self, selector: str) -> str:
+        return str(self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector))
+
+    def shows(self, text: str, selector: str) -> None:
+        eventually(lambda: text in self.text(selector), f"{selector} shows {text!r}")
+
+    def ids(self) -> list[str]:
+        listed: list[str] = self.run("return [...document.querySelectorAll('tbody')].map(body => body.id)")
+        return listed
+
+    def top(self, job_id: str) -> float:
+        top: float = self.run(
+            "return document.getElementById(arguments[0]).getBoundingClientRect().top", job_id
+        )
+        return top
+
+    def point(self, x: float, y: float, clicks: int = 0) -> None:
+        actions = [{"type": "pointerMove", "x": int(x), "y": int(y), "duration": 0}]
+        actions += [{"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}] * clicks
+        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}}
+        self.command("PerformActions", actions=[{**mouse, "actions": actions}])
+
+    def click(self, selector: str, clicks: int = 1) -> None:
+        middle = (
+            "const { x, y, width, height } = document.querySelector(arguments[0]).getBoundingClientRect();"
+            "return [x + width / 2, y + height / 2]"
+        )
+        x, y = self.run(middle, selector)
+        self.point(x, y, clicks)
+
+    def quit(self) -> None:
+        self._stream.close()
+        self._socket.close()
+        self._process.terminate()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def firefox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Firefox]:
+    if not shutil.which("firefox"):
+        missing("firefox")
+    browser = Firefox(tmp_path_factory.mktemp("firefox"))
+    yield browser
+    browser.quit()
+
+
+def test_in_firefox_too_the_list_holds_still(start: Start, firefox: Firefox) -> None:
+    program = start("--workers", "0")
+    old = many(program, "math", 20, a=1, b=2)
+    firefox.command("Navigate", url=f"http://127.0.0.1:{program.port}/")
+    eventually(lambda: firefox.ids() == old)
+    firefox.click(f"[id='{old[2]}'] .toggle")
+    top = firefox.top(old[2])
+    firefox.point(1, 1)
+    new = many(program, "math", 60, a=3, b=4)
+    eventually(lambda: firefox.ids() == [*new[:50], old[2]], "the new jobs, and the one that is read")
+    assert firefox.top(old[2]) == pytest.approx(top, abs=1)
+    firefox.command("Navigate", url=f"http://127.0.0.1:{program.port}/jobs?status=pending")
+    eventually(lambda: firefox.ids() == new[:50])
+    firefox.click(f"[id='{new[3]}'] [data-is=cancel]", clicks=2)
+    firefox.shows("cancelled", f"[id='{new[3]}'] [data-is=said]")
+    many(program, "math", 3, a=3, b=4)
+    firefox.shows("3 new", "#live")
+    assert firefox.ids() == new[:50]
+    assert [job["id"] for job in program.call("GET", "/jobs?status=failed")[1]] == [new[3]]
+
+
+def test_in_firefox_too_a_job_is_submitted_found_and_open_to_every_reader(
+    start: Start, firefox: Firefox, axe: str
+) -> None:
+    program = start("--max-retries", "0")
+    bad = program.submit("math", a="one", b=2**64)
+    program.ended(bad)
+    firefox.command("Navigate", url=f"http://127.0.0.1:{program.port}/jobs#{bad}")
+    firefox.shows("Traceback", f"[id='{bad}']")
+    assert str(2**64) in firefox.text(f"[id='{bad}'] [data-is=payload]")
+    firefox.run("document.querySelector('details:has(> form[data-job-type=long])').open = true")
+    firefox.click("form[data-job-type=long] [type=submit]")
+    firefox.shows("long: completed", "#said")
+    assert firefox.axe(axe) == []
