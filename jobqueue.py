@@ -983,9 +983,11 @@ SCRIPTS = {
         local next_due = first('delayed').time
         local wait = more and 0 or next_due < math.huge and math.max(0, next_due - now) or -1
         return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
-    # → the next cursor or '', the jobs as an id and fields (perhaps fewer), how many jobs each status has
+    # → the next cursor or '', the id and fields of each job (perhaps fewer), how many jobs each status has, and
+    #   for how long the first in the queue has been due: -1 if there is none
     "page": """
-        local status, cursor, limit, bytes = unpack(ARGV, 1, 4)  -- then the names of the fields
+        local status, cursor, limit, bytes, cut = unpack(ARGV, 1, 5)  -- then the names of the fields
+        limit, bytes, cut = tonumber(limit), tonumber(bytes), tonumber(cut)
         local after, number = string.match(cursor, '(.*):(.*)')  -- of the last job that was listed
         local ids, numbers, jobs, size, shown = {}, {}, {}, 0, 0
         local function add_scored(place)
@@ -1023,11 +1025,17 @@ SCRIPTS = {
         else
           add_scored(status == '' and 'history' or status == 'processing' and 'started' or status)
         end
-        while shown < math.min(#ids, limit) and size < tonumber(bytes) do
+        while shown < math.min(#ids, limit) and size < bytes do
           shown = shown + 1
-          local job = read(ids[shown], 'status', unpack(ARGV, 5))
-          for _, value in ipairs(job) do size = size + #(value or '') end
-          if status == '' or job[1] == status then  -- otherwise it is a stray, or was cancelled
+          local job = read(ids[shown], 'status', unpack(ARGV, 6))
+          local its_status = job[1]
+          for i, value in ipairs(job) do
+            if value and #value > cut then  -- no character is halved, and no number looks whole
+              job[i] = string.gsub(string.sub(value, 1, cut), '[\\192-\\255][\\128-\\191]*$', '') .. '…'
+            end
+            size = size + #(job[i] or '')
+          end
+          if status == '' or its_status == status then  -- otherwise it is a stray, or was cancelled
             job[1] = ids[shown]
             jobs[#jobs + 1] = job
           end
@@ -1036,7 +1044,11 @@ SCRIPTS = {
         local function count(place) return redis.call('ZCARD', P .. place) end
         local waiting = redis.call('LLEN', P .. 'queue') - redis.call('SCARD', P .. 'withdrawn')
         local pending = math.max(0, waiting) + count('delayed')
-        return {next, jobs, {pending, count('processing'), count('completed'), count('failed')}}""",
+        local first = redis.call('LINDEX', P .. 'queue', -1)
+        local created, due = unpack(first and read(first, 'created_at', 'due_at') or {})
+        local since = tonumber(due or created or '')
+        return {next, jobs, {pending, count('processing'), count('completed'), count('failed')},
+          since and math.max(0, now - since) or -1}""",
     # → those of the ids whose jobs are finished, or unknown
     "finished": """
         local finished = {}
@@ -1095,6 +1107,7 @@ class Page(NamedTuple):
     cursor: str  # of the next page; empty on the last
     jobs: list[str]  # as JSON
     counts: dict[Status, int]  # of all jobs that are stored
+    oldest: float | None  # seconds for which the first job in the queue has been due
 
 
 class Store:
@@ -1197,15 +1210,19 @@ class Store:
         values = await self._twice("HMGET", f"{self.prefix}job:{job_id}", "status", *FIELDS)
         return (values[0] or "", job_json(job_id, values[1:])) if any(values) else None
 
-    async def page(self, status: Status | None, cursor: str, limit: int, most_bytes: int = 1 << 30) -> Page:
+    async def page(
+        self, status: Status | None, cursor: str, limit: int, most_bytes: int = 1 << 30, cut: int = NO_LIMIT
+    ) -> Page:
         """At most `limit` jobs behind the cursor, from the first if it is empty; fewer if they are large.
 
         Newest first: by submission, or with a `status` by when they began to run, finished, or will be due.
+        What is stored in more than `cut` bytes is cut off there, ends in "…", and is shown as a text.
         """
-        asked = status or "", cursor, limit, most_bytes
-        following, jobs, counts = await self._run("page", *asked, *FIELDS)
+        asked = status or "", cursor, limit, most_bytes, cut
+        following, jobs, counts, oldest = await self._run("page", *asked, *FIELDS)
         found = [job_json(job_id, values) for job_id, *values in jobs if any(values)]
-        return Page(following, found, dict(zip(Status, counts, strict=True)))
+        waits = None if oldest < 0 else oldest / 1000
+        return Page(following, found, dict(zip(Status, counts, strict=True)), waits)
 
     async def ping(self) -> None:
         """Ask whether Redis is there."""
@@ -1642,6 +1659,7 @@ async def inspect_redis(pool: WorkerPool) -> None:
 
 PAGE_MOST, CHUNK = 1000, 200  # jobs with ?limit=, and fetched at a time without it
 PAGE_BYTES, CHUNK_BYTES = 4_000_000, 250_000  # either ends behind the job that exceeds this
+CUT_LEAST, CUT_MOST = 100, 10_000  # bytes of a field, with ?cut=
 WAIT_MOST = 30  # seconds, with ?wait=
 BEARER = WWWAuthenticate("bearer", {"realm": "jobqueue"})
 
@@ -1708,17 +1726,20 @@ def parameters(*known: str) -> dict[str, str]:
     return request.args.to_dict()
 
 
-def parse_query() -> tuple[Status | None, str, int | None]:
-    """The status, cursor and limit that `GET /jobs` asks for; or BadRequest."""
-    query = parameters("status", "limit", "cursor")
+def parse_query() -> tuple[Status | None, str, int | None, int]:
+    """The status, cursor, limit and cut that `GET /jobs` asks for; or BadRequest."""
+    query = parameters("status", "limit", "cursor", "cut")
     status, cursor, limit = query.get("status"), query.get("cursor", ""), query.get("limit")
     if status is not None and status not in list(Status):
         raise BadRequest(f"status must be one of: {', '.join(Status)}")
     if cursor and not re.fullmatch(r"[0-9a-f-]{36}:-?[0-9]{1,16}", cursor):
         raise BadRequest("cursor must be one from a Link header, with the status that was asked for there")
-    if limit is not None and not (re.fullmatch(r"[0-9]{1,4}", limit) and 1 <= int(limit) <= PAGE_MOST):
-        raise BadRequest(f"limit must be a whole number from 1 to {PAGE_MOST}")
-    return Status(status) if status else None, cursor, int(limit) if limit else None
+    for name, least, most in (("limit", 1, PAGE_MOST), ("cut", CUT_LEAST, CUT_MOST)):
+        text = query.get(name, str(least))
+        if not (re.fullmatch(r"[0-9]{1,5}", text) and least <= int(text) <= most):
+            raise BadRequest(f"{name} must be a whole number from {least} to {most}")
+    cut = int(query.get("cut", NO_LIMIT))
+    return Status(status) if status else None, cursor, int(limit) if limit else None, cut
 
 
 def parse_wait() -> float:
@@ -1839,7 +1860,7 @@ def create_app(pool: WorkerPool) -> QuartTrio:
             raise UnprocessableEntity("this Idempotency-Key was used for another request")
         if is_array:
             return answer(json.dumps([{"id": job_id} for job_id in ids]) + "\n", 202)
-        return answer(f'{{"id": "{ids[0]}"}}\n', 202, {"Location": f"/job/{ids[0]}"})
+        return answer(f'{{"id": "{ids[0]}"}}\n', 202, {"Location": f"job/{ids[0]}"})
 
     @app.get("/job/<job_id>")
     async def show(job_id: str) -> Response:
@@ -1869,27 +1890,29 @@ def create_app(pool: WorkerPool) -> QuartTrio:
     async def home() -> Any:
         """Leads to the page; and tells a probe, which needs no token, whether Redis is there."""
         await store.ping()
-        return redirect("/jobs")
+        return redirect("jobs")
 
     @app.get("/jobs")
     async def index() -> Response:
         if wants_page():
             return await live_page()
-        status, cursor, limit = parse_query()
-        page = await store.page(status, cursor, limit or CHUNK, PAGE_BYTES if limit else CHUNK_BYTES)
+        status, cursor, limit, cut = parse_query()
+        page = await store.page(status, cursor, limit or CHUNK, PAGE_BYTES if limit else CHUNK_BYTES, cut)
         headers = {"Vary": "Accept", "Cache-Control": "no-store"}
         if limit is None:
-            return answer(stream(status, page), headers=headers)
+            return answer(stream(status, page, cut), headers=headers)
         headers["Job-Counts"] = ", ".join(f"{name}={count}" for name, count in page.counts.items())
+        if page.oldest is not None:
+            headers["Job-Oldest-Seconds"] = f"{page.oldest:.3f}"
         if page.cursor:
-            query = ({"status": status} if status else {}) | {"limit": limit, "cursor": page.cursor}
-            headers["Link"] = f'</jobs?{urlencode(query)}>; rel="next"'
+            query = {**request.args.to_dict(), "cursor": page.cursor}
+            headers["Link"] = f'<jobs?{urlencode(query)}>; rel="next"'
         return answer("[" + ",\n".join(page.jobs) + "]\n", headers=headers)
 
-    async def stream(status: Status | None, page: Page) -> AsyncIterator[str]:
+    async def stream(status: Status | None, page: Page, cut: int) -> AsyncIterator[str]:
         yield "[" + ",\n".join(page.jobs)
         while page.cursor:
-            page = await store.page(status, page.cursor, CHUNK, CHUNK_BYTES)
+            page = await store.page(status, page.cursor, CHUNK, CHUNK_BYTES, cut)
             yield "".join(",\n" + job for job in page.jobs)
         yield "]\n"
 

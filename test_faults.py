@@ -2730,7 +2730,7 @@ class StoreMachine(RuleBasedStateMachine):
         for status in jobqueue.Status:
             cursor, found = "", list[str]()
             while True:
-                cursor, page, counts = self.do(Store.page, status, cursor, 2)
+                cursor, page, counts, _ = self.do(Store.page, status, cursor, 2)
                 found += [json.loads(job)["id"] for job in page]
                 if not cursor:
                     break

@@ -28,6 +28,7 @@ from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import fakeredis
 import msgspec
@@ -908,7 +909,7 @@ async def shown_job(bench: Bench, job_id: str) -> dict[str, Any]:
 async def listed(bench: Bench, status: Status | None, limit: int) -> list[list[str]]:
     pages, cursor = [], ""
     while True:
-        cursor, jobs, _ = await bench.store.page(status, cursor, limit)
+        cursor, jobs, *_ = await bench.store.page(status, cursor, limit)
         pages.append([json.loads(job)["id"] for job in jobs])
         if not cursor:
             return pages
@@ -921,9 +922,9 @@ async def test_pages_are_newest_first_and_cover_every_job_once(bench: Bench) -> 
 
 async def test_jobs_that_come_while_one_reads_do_not_shift_the_pages(bench: Bench) -> None:
     ids = await submitted(bench, 4)
-    cursor, jobs, _ = await bench.store.page(None, "", 2)
+    cursor, jobs, *_ = await bench.store.page(None, "", 2)
     await submitted(bench, 5)
-    _, more, _ = await bench.store.page(None, cursor, 2)
+    _, more, *_ = await bench.store.page(None, cursor, 2)
     assert [json.loads(job)["id"] for job in jobs + more] == ids[::-1]
 
 
@@ -945,9 +946,35 @@ async def test_pages_by_status_are_the_places_of_that_status(bench: Bench) -> No
     assert pending[2:] == ids[:5:-1]
 
 
+async def test_a_page_tells_for_how_long_the_first_in_the_queue_has_been_due(bench: Bench) -> None:
+    assert (await bench.store.page(None, "", 1)).oldest is None
+    await submitted(bench, 1, delay=60)
+    bench.move(10)
+    assert (await bench.store.page(None, "", 1)).oldest is None
+    await submitted(bench, 2)
+    bench.move(2.5)
+    assert (await bench.store.page(Status.FAILED, "", 1)).oldest == 2.5
+    for n in range(2):
+        await report(bench, await claim(bench, f"i:{n}"), "complete", "0")
+    bench.move(50)  # which is 2.5 s after the delay
+    await bench.store.sweep(0)
+    assert (await bench.store.page(None, "", 1)).oldest == 2.5
+
+
+async def test_a_page_cuts_long_values_and_never_a_character_or_a_number(bench: Bench) -> None:
+    [job_id] = await submitted(bench)
+    cut = {"payload": '{"a":"' + "ä" * 200 + '"}', "result": "1" * 200, "error": "x" * 100, "attempts": "0"}
+    bench.client.hset(f"{PREFIX}job:{job_id}", mapping=cut)
+    [text] = (await bench.store.page(None, "", 1, cut=101)).jobs
+    job = json.loads(text)
+    assert (job["result"], job["error"], job["attempts"]) == ("1" * 101 + "…", "x" * 100, 0)
+    assert re.fullmatch('{"a":"ä{46,47}…', job["payload"])
+    assert len((await bench.store.page(None, "", 1)).jobs[0]) > 500
+
+
 async def test_a_cursor_that_left_its_place_ends_the_list(bench: Bench) -> None:
     ids = await submitted(bench, 4)
-    cursor, _, _ = await bench.store.page(Status.PENDING, "", 2)
+    cursor, *_ = await bench.store.page(Status.PENDING, "", 2)
     for n in range(4):
         await claim(bench, f"i:{n}")
     assert cursor.startswith(ids[2])
@@ -959,9 +986,9 @@ async def test_a_cursor_that_left_its_place_goes_on_behind_it_among_jobs_of_the_
 ) -> None:
     ids = sorted(await submitted(bench, 5))[::-1]
     claims = {claimed.id: claimed for claimed in [await claim(bench, f"i:{n}") for n in range(5)]}
-    cursor, _, _ = await bench.store.page(Status.PROCESSING, "", 2)
+    cursor, *_ = await bench.store.page(Status.PROCESSING, "", 2)
     await report(bench, claims[ids[1]], "complete", "0")
-    _, jobs, _ = await bench.store.page(Status.PROCESSING, cursor, 9)
+    _, jobs, *_ = await bench.store.page(Status.PROCESSING, cursor, 9)
     assert [json.loads(job)["id"] for job in jobs] == ids[2:]
 
 
@@ -970,9 +997,9 @@ async def test_a_list_of_waiting_jobs_goes_on_where_it_was_however_many_came_sin
     bench: Bench, more: int
 ) -> None:
     ids = await submitted(bench, 5)
-    cursor, _, _ = await bench.store.page(Status.PENDING, "", 2)
+    cursor, *_ = await bench.store.page(Status.PENDING, "", 2)
     await submitted(bench, more)
-    _, jobs, _ = await bench.store.page(Status.PENDING, cursor, 9)
+    _, jobs, *_ = await bench.store.page(Status.PENDING, cursor, 9)
     assert [json.loads(job)["id"] for job in jobs] == ids[2::-1]
 
 
@@ -983,7 +1010,7 @@ async def test_cancelled_jobs_stay_in_the_queue_uncounted_and_unlisted_until_a_c
     for job_id in ids[:2]:
         assert await bench.store.cancel(job_id) == "pending"
     assert bench.client.llen("{jobqueue}:queue") == 4  # a search would cost more the longer it is
-    _, jobs, counts = await bench.store.page(Status.PENDING, "", 9)
+    _, jobs, counts, _ = await bench.store.page(Status.PENDING, "", 9)
     assert [json.loads(job)["id"] for job in jobs] == ids[:1:-1]
     assert counts == {"pending": 2, "processing": 0, "completed": 0, "failed": 2}
     assert (await claim(bench, "i:1")).id == ids[2]
@@ -1785,9 +1812,9 @@ async def test_a_job_is_accepted_with_its_id_and_its_address(api: Api, job: dict
     response = await api.client.post("/job", json=job)
     answer = json.loads(await response.get_data())
     assert response.status_code == 202
-    assert response.headers["Location"] == f"/job/{uuid.UUID(answer['id'])}"
+    assert response.headers["Location"] == f"job/{uuid.UUID(answer['id'])}"
     assert answer.keys() == {"id"}
-    status, shown = await api.get(response.headers["Location"])
+    status, shown = await api.get(urljoin("/job", response.headers["Location"]))
     assert status == 200
     assert (shown["id"], shown["status"], shown["payload"]) == (answer["id"], "pending", job["payload"])
 
@@ -1914,6 +1941,9 @@ async def test_a_body_over_the_limit_is_413(api: Api) -> None:
         ("GET", "/jobs?limit=-1", 400),
         ("GET", "/jobs?limit=x", 400),
         ("GET", "/jobs?limit=", 400),
+        ("GET", "/jobs?cut=99", 400),
+        ("GET", "/jobs?cut=10001", 400),
+        ("GET", "/jobs?cut=", 400),
         ("GET", "/jobs?limit=%D9%A1", 400),
         ("GET", "/jobs?status=done", 400),
         ("GET", "/jobs?status=", 400),
@@ -1962,8 +1992,28 @@ async def test_links_lead_through_all_pages(api: Api, query: str) -> None:
         seen += [job["id"] for job in jobs]
         link = api.headers.get("Link", "")
         assert not link or link.endswith('>; rel="next"')
-        path = link[1:].partition(">")[0]
+        path = link and urljoin(path, link[1:].partition(">")[0])
     assert seen == [job["id"] for job in ids][::-1]
+
+
+async def test_a_list_can_be_asked_for_in_short_and_its_link_says_so_too(api: Api) -> None:
+    long = {"job_type": "email", "payload": {"to": "a@b.c", "subject": "x", "body": "y" * 90_000}}
+    await api.post([long] * 2)
+    _, jobs = await api.get("/jobs?limit=1&cut=100")
+    assert jobs[0]["payload"].endswith("yyy…")
+    assert len(json.dumps(jobs)) < 1000
+    assert "cut=100" in api.headers["Link"]
+    _, jobs = await api.get("/jobs?cut=100")
+    assert [len(job["payload"]) for job in jobs] == [101, 101]
+
+
+async def test_the_age_of_the_oldest_job_in_the_queue_stands_beside_the_counts(api: Api) -> None:
+    await api.get("/jobs?limit=1")
+    assert "Job-Oldest-Seconds" not in api.headers
+    await api.post(GOOD)
+    api.bench.move(1.5)
+    await api.get("/jobs?limit=1")
+    assert api.headers["Job-Oldest-Seconds"] == "1.500"
 
 
 async def test_redis_away_is_503_with_retry_after(api: Api) -> None:
@@ -2215,7 +2265,7 @@ async def test_a_browser_gets_the_page_and_others_json(api: Api) -> None:
     ]:
         response = await api.client.get("/jobs", headers={"Accept": accept})
         assert response.mimetype == kind
-    assert (await api.client.get("/")).headers["Location"] == "/jobs"
+    assert (await api.client.get("/")).headers["Location"] == "jobs"
 
 
 async def test_the_page_may_load_nothing_from_elsewhere(api: Api) -> None:
@@ -2243,7 +2293,7 @@ async def test_without_the_token_everything_is_401(api: Api, given: str) -> None
 async def test_a_probe_needs_no_token_and_asks_redis(api: Api) -> None:
     guarded = Api(api.bench, Settings(api_token="token"))
     response = await guarded.client.get("/")
-    assert (response.status_code, response.headers["Location"]) == (302, "/jobs")
+    assert (response.status_code, response.headers["Location"]) == (302, "jobs")
     api.bench.away = True
     assert (await guarded.client.get("/")).status_code == 503
 
