@@ -983,7 +983,7 @@ SCRIPTS = {
         local next_due = first('delayed').time
         local wait = more and 0 or next_due < math.huge and math.max(0, next_due - now) or -1
         return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
-    # → the next cursor or '', the id and fields of each job (perhaps fewer), how many jobs each status has, and
+    # → the next cursor or '', id and fields of each job (perhaps fewer), how many jobs each status has, and
     #   for how long the first in the queue has been due: -1 if there is none
     "page": """
         local status, cursor, limit, bytes, cut = unpack(ARGV, 1, 5)  -- then the names of the fields
