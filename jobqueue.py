@@ -1751,27 +1751,18 @@ def parse_wait() -> float:
 
 
 HOST = re.compile(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?(:\d{1,5})?|\[[\da-f:.]{2,45}\](:\d{1,5})?|", re.I | re.A)
-HTML_POLICY = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
 
 
 def in_order(app: Any) -> Any:
-    """ASGI middleware: what Quart cannot cope with does not reach it, and what it leaves open is added."""
+    """ASGI middleware: what Quart cannot cope with does not reach it, and does not come out of it."""
 
     async def middleware(scope: Any, receive: Any, send: Any) -> None:
-        headers, is_over = dict(scope["headers"]), False
+        is_over = False
 
-        async def send_more(message: Any) -> None:
+        async def send_until_over(message: Any) -> None:
             nonlocal is_over
-            if message["type"] == "http.response.start":
-                more = [(b"x-content-type-options", b"nosniff")]
-                own = dict(message["headers"])
-                if own.get(b"content-type", b"").startswith(b"text/html") and HTML_POLICY[0] not in own:
-                    more.append(HTML_POLICY)
-                if {b"transfer-encoding", b"content-length"} <= headers.keys():
-                    more.append((b"connection", b"close"))  # perhaps a smuggled request (RFC 9112, 6.1)
-                message = {**message, "headers": [*message["headers"], *more]}
-            elif not message.get("more_body", False):
-                is_over = True
+            if message["type"] == "http.response.body":
+                is_over = not message.get("more_body", False)
             await send(message)
 
         async def receive_until_over() -> Any:
@@ -1781,10 +1772,11 @@ def in_order(app: Any) -> Any:
                 await trio.sleep_forever()
             return message
 
-        if problem := problem_with(scope["path"], headers.get(b"host", b"").decode("latin-1")):
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        if problem := problem_with(scope["path"], host):
             scope = {**scope, "path": "/", "headers": [], "problem": problem}
         try:
-            await app(scope, receive_until_over, send_more)
+            await app(scope, receive_until_over, send_until_over)
         except* redis.RedisError:
             pass  # in mid-list: the client sees that the answer is cut off, since it has no end
 
@@ -1836,6 +1828,17 @@ def create_app(pool: WorkerPool) -> QuartTrio:
                 )
         elif not own_name.fullmatch(name := request.headers.get("Host", "")):
             raise Forbidden(f"{name[:80]!r} is not a name of this server; to use another, set API_TOKEN")
+
+    @app.after_request
+    async def add_headers(response: Response) -> Response:
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        if response.mimetype == "text/html":  # the page has a policy of its own
+            response.headers.setdefault(
+                "Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"
+            )
+        if "Transfer-Encoding" in request.headers and "Content-Length" in request.headers:
+            response.headers["Connection"] = "close"  # perhaps a smuggled request (RFC 9112, 6.1)
+        return response
 
     def wants_page() -> bool:
         best = request.accept_mimetypes.best_match(["application/json", "text/html"])
