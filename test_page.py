@@ -38,6 +38,9 @@ FLAGS = (
 )
 
 
+YES = "#question [type=submit]"
+
+
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     """One browser for all: every program has a port of its own, and so an origin with nothing kept."""
@@ -138,6 +141,14 @@ class Page:
 
     def detail(self, job_id: str, name: str) -> str:
         return self.text(f"{self.row(job_id)} .detail [data-is={name}]")
+
+    def say_yes(self) -> None:
+        """Answer the question before many calls; it takes no answer within half a second."""
+        script = (
+            "document.querySelector(arguments[0]).click();"
+            "return document.querySelector('#no').textContent !== 'No'"
+        )
+        eventually(lambda: self.run(script, YES), "the question is answered")
 
     def counts(self) -> dict[str, int]:
         """The number in each filter."""
@@ -1045,6 +1056,23 @@ def test_a_form_takes_back_that_the_service_does_not_answer(start: Start, visit:
     assert page.text("form[data-job-type=long] output") == ""
 
 
+def test_a_row_takes_back_that_the_service_does_not_answer(
+    start: Start, visit: Visit, own_redis: Callable[..., RedisServer]
+) -> None:
+    server = own_redis("--appendonly", "yes")
+    program = start("--workers", "0", REDIS_URL=server.url)
+    [job_id] = many(program, "math", 1, a=1, b=2)
+    page = visit(program)
+    page.shows("pending", page.row(job_id))
+    server.kill()
+    page.one(f"{page.row(job_id)} [data-is=cancel]").click()
+    page.shows("Redis cannot serve this now", f"{page.row(job_id)} [data-is=said]")
+    server.start()
+    page.shows("The service answers again", f"{page.row(job_id)} [data-is=said]")
+    page.one(f"{page.row(job_id)} [data-is=cancel]").click()
+    page.shows("cancelled", f"{page.row(job_id)} [data-is=said]")
+
+
 def test_behind_the_token_dialog_nothing_says_that_the_service_is_away(start: Start, visit: Visit) -> None:
     program = start()
     page = visit(program)
@@ -1145,12 +1173,24 @@ def test_all_that_is_listed_is_cancelled_after_a_question(start: Start, visit: V
     page.one("#no").click()
     assert page.counts()["failed"] == 0
     page.one("#cancel-all").click()
-    page.one("#question [type=submit]").click()
+    page.say_yes()
     page.shows("4 jobs cancelled", "#consequence")
     page.one("#no").click()
     assert {program.job(job_id)["status"] for job_id in maths} == {"failed"}
     assert {program.job(job_id)["status"] for job_id in emails} == {"pending"}
     eventually(lambda: not page.one("#cancel-all").is_enabled(), "there is nothing more to cancel")
+
+
+def test_a_double_click_on_cancel_all_does_not_answer_the_question(start: Start, visit: Visit) -> None:
+    program = start("--workers", "0")
+    [job_id] = many(program, "math", 1, a=1, b=2)
+    page = visit(program)
+    page.shows("pending", page.row(job_id))
+    page.run("for (const each of arguments[0]) document.querySelector(each).click()", ["#cancel-all", YES])
+    assert page.text("#asked") == "Cancel 1 job?"
+    assert page.text("#no") == "No"
+    page.one("#no").click()
+    assert program.job(job_id)["status"] == "pending"
 
 
 def test_all_failed_ones_that_are_listed_are_retried_after_a_question(start: Start, visit: Visit) -> None:
@@ -1162,7 +1202,7 @@ def test_all_failed_ones_that_are_listed_are_retried_after_a_question(start: Sta
     page.shows("failed", page.row(bad[-1]))
     page.one("#retry-all").click()
     assert page.text("#asked") == "Retry 3 jobs?"
-    page.one("#question [type=submit]").click()
+    page.say_yes()
     page.shows("3 jobs submitted again", "#consequence")
     page.one("#no").click()
     eventually(lambda: len(page.ids()) == 7, "as new jobs")
