@@ -21,7 +21,7 @@ The keys stand behind the prefix `{jobqueue}:`, whose braces keep them in one sl
     completed, failed   sorted sets  finished ids, by the time they finished
     history             sorted set   every id, by a number above all others in it: the order of submission
     idempotency:<hash>  string       what was answered to a submission with that key, for 24 hours
-    claim:<worker>      string       what a worker claimed last: the number of the claim, and the id, for 60 s
+    claim:<worker>      string       what a worker claimed last: number of the claim, and id, for an hour
     layout              string       the version of these keys
     wake                channel      a message whenever the queue stops being empty
 
@@ -248,8 +248,8 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
     id: str
     job_type: str = ""
     payload: str = ""  # an object, as JSON
-    attempts: Annotated[int, Meta(ge=0)] = 0  # those begun, this one included
-    max_retries: Annotated[int, Meta(ge=0)] = 0
+    attempts: Annotated[int, Meta(ge=0, le=1000)] = 0  # those begun, this one included
+    max_retries: Annotated[int, Meta(ge=0, le=1000)] = 0
     timeout: Annotated[float, Meta(ge=0, le=1e9)] = 0  # seconds for one attempt
     status: Literal["pending"] = "pending"  # before this claim
     damage: str = ""  # what is wrong with the job, because somebody else has written to it
@@ -342,9 +342,8 @@ class Attempt:
     """One execution of a job's handler, here and now."""
 
     claim: Claim
-    scope: trio.CancelScope  # it is cancelled at the deadline, or for one of the two reasons below
-    begun: float  # on Trio's clock
-    lost: bool = False  # the lease: the job is somebody else's
+    scope: trio.CancelScope  # cancelled at its deadline, when the lease was lost, or by a DELETE
+    lost: bool = False  # whether its lease was lost: the job is somebody else's
     cancelled: bool = False  # by a DELETE
     overstays: int = 0  # ticks since its scope was cancelled
     progress: str = ""  # as JSON, until the next heartbeat takes it
@@ -359,7 +358,8 @@ def job() -> Job:
 def progress(done: float, note: str = "") -> None:
     """Tell how much of this job is done, from 0 to 1, with a note. Outside of a job, do nothing."""
     if attempt := _attempt.get(None):
-        attempt.progress = _json({"done": round(float(done), 4), "note": str(note)[:200]})
+        text = str(note)[:200].encode(errors="backslashreplace").decode()  # Redis takes no half characters
+        attempt.progress = _json({"done": round(float(done), 4), "note": text})
 
 
 def explain(error: Exception, root: str, names: Iterable[str], choices: Mapping[str, str] = {}) -> str:
@@ -516,9 +516,9 @@ Command = tuple[str | int, ...]
 Transport = Callable[[Sequence[Command]], Awaitable[list[Any]]]  # carries a batch, returns as many replies
 
 CONNECTIONS = 2  # with one the drain is 40 % slower, and a third makes the batches too small
-REPLY_SECONDS = 2.5  # how long Redis may make no progress; sent twice, so that the API answers 503 within 6 s
+REPLY_SECONDS = 2.5  # without progress, and a try has failed; there are two, so a client has its 503 in 6 s
 NOT_YET = object()
-pack_command: Callable[[Command], bytes] = cast(Any, hiredis.pack_command)  # annotated for a single word
+pack_command: Callable[[Command], bytes] = cast(Any, hiredis.pack_command)  # which is typed for one word
 # What a server says that cannot serve for now: a replica, one that starts, a node that lost or gives away the
 # slot. ASK is not followed: while a slot moves, a script would find only half of the keys at either end.
 WORDS = "READONLY|MASTERDOWN|MOVED|ASK|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|LOADING"
@@ -543,7 +543,7 @@ class RedisAddress:
             url = f"{scheme}://{credentials}{path}"
         pool = redis.ConnectionPool.from_url(url)
         patience = {"socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
-        never = Retry(NoBackoff(), 0)  # who may try again is not for the connection to say
+        never = Retry(NoBackoff(), 0)  # `Store` says what is sent again
         self._class = pool.connection_class
         self._options = pool.connection_kwargs | patience | {"protocol": 2, "retry": never}
         self._class(**self._options)  # which refuses what it does not know
@@ -622,8 +622,7 @@ class RedisConnection:
             self._connection = None
 
     async def _connect(self) -> None:
-        self.hang_up()
-        moved, self._moved = self._moved, None  # if it fails there, the next time asks for the address anew
+        moved, self._moved = self._moved, None  # after a failure there, the configured address is used again
         connect = self._address.connect
         self._connection = await trio.to_thread.run_sync(connect, moved, abandon_on_cancel=True)
         self._moved = moved
@@ -798,7 +797,7 @@ local function push(command, id, is_quiet)  -- LPUSH: last in line; RPUSH: first
   redis.pcall('PUBLISH', P .. 'wake', redis.pcall('PUBSUB', 'NUMSUB', P .. 'wake')[2] or 1)
 end
 
-local function unlist(id) redis.call('ZREM', P .. 'started', id) end  -- as a first write it may be of nothing
+local function unlist(id) redis.call('ZREM', P .. 'started', id) end  -- of nothing: begin by taking away
 
 local function finish(id, status, ...)
   unlist(id)
@@ -808,7 +807,7 @@ local function finish(id, status, ...)
   redis.call('ZREM', P .. 'processing', id)
 end
 
--- Without a word of its worker, whose late report will find another token.
+-- Fail a job that its worker did not report; the other token refuses a late report.
 local function fail(id, reason, token) finish(id, 'failed', 'error', reason, 'token', token or '') end
 
 local function put_back(id, attempts, due_at, ...)  -- into `delayed`; without a time, first in the queue
@@ -842,13 +841,13 @@ local function claim(worker, number, lease)  -- a Claim; false without a worker,
   end
   for behind = length - 1, math.max(0, length - 1000), -1 do  -- at most so many that were cancelled
     local id = redis.call('LINDEX', P .. 'queue', -1)
-    redis.call('SET', record, number .. ' ' .. id, 'PX', 60000)
+    redis.call('SET', record, number .. ' ' .. id, 'EX', 3600)
     local claimed = give(id, token, worker, lease, behind)
     redis.call('RPOP', P .. 'queue')
     if claimed then return claimed end
     redis.call('SREM', P .. 'withdrawn', id)
   end
-  redis.call('SET', record, number .. ' ', 'PX', 60000)
+  redis.call('SET', record, number .. ' ', 'EX', 3600)
   return false
 end
 """
@@ -894,20 +893,20 @@ SCRIPTS = {
         local worker, number, lease = unpack(ARGV)
         unlist('')
         return claim(worker, number, lease)""",
-    # → whether the report was accepted, and a Claim or nothing. Report before claiming: a crash in between
-    # repeats a job, the other order loses one.
+    # → whether the report was accepted, and a Claim or nothing. Report first: if the script ends between the
+    # two, that repeats a job; the other order would lose one.
     "report": """
         local id, token, transition, text, trace, progress, attempts, delay = unpack(ARGV)
         local worker, number, lease = unpack(ARGV, 9)
-        local held_by, status, error = unpack(read(id, 'token', 'status', 'error'))
+        local held_by, status, error, cancel = unpack(read(id, 'token', 'status', 'error', 'cancel'))
         local accepted, due_at = held_by == token, now + delay
         if not accepted or status ~= 'processing' then  -- refused, or this very report came before
           unlist(accepted and id or '')
         elseif transition == 'complete' then
           finish(id, 'completed', 'result', text)
           if error then redis.call('HDEL', P .. 'job:' .. id, 'error', 'traceback') end  -- an earlier one
-        elseif transition == 'fail' then
-          finish(id, 'failed', 'error', text, 'traceback', trace)
+        elseif transition == 'fail' or cancel then
+          finish(id, 'failed', 'error', cancel and 'cancelled' or text, 'traceback', trace)
         elseif transition == 'retry' then
           put_back(id, attempts, due_at, 'due_at', due_at, 'error', text, 'traceback', trace)
         elseif transition == 'defer' then
@@ -1230,8 +1229,10 @@ class Store:
 
     async def layout(self) -> str:
         """The version of the keys in Redis, which is this program's if there was none."""
-        await self._twice("SET", f"{self.prefix}layout", LAYOUT, "NX")
-        return str(await self._twice("GET", f"{self.prefix}layout"))
+        key = f"{self.prefix}layout"
+        if not await self._twice("GET", key):
+            await self._twice("SET", key, LAYOUT, "NX")
+        return str(await self._twice("GET", key))
 
     async def eviction_policy(self) -> str:
         """What Redis does when its memory is full, such as "noeviction"; empty if it does not say."""
@@ -1241,12 +1242,14 @@ class Store:
     async def missing_rights(self) -> list[str]:
         """The Redis commands that are needed and this user may not run. Each is tried on a key of no use."""
         key, missing = f"{self.prefix}rights", []
-        for name, arity, *_ in await self._pipeline.call("COMMAND", "INFO", *COMMANDS):
+        known = await self._pipeline.call("COMMAND", "INFO", *COMMANDS)
+        for name, about in zip(COMMANDS, known, strict=True):
+            arity = abs(about[1]) if about else 1  # of a command that was renamed nothing is known
             try:
-                await self._pipeline.call(name, *[key, "0", "0", "0"][: abs(arity) - 1])
+                await self._pipeline.call(name, *[key, "0", "0", "0"][: arity - 1])
             except redis.ResponseError as error:  # mostly, that the key is of another type
-                if str(error).startswith("NOPERM"):
-                    missing.append(name.upper())
+                if re.match("NOPERM|ERR unknown command", str(error)):
+                    missing.append(name)
         return missing
 
 
@@ -1259,7 +1262,7 @@ def _milliseconds(seconds: float) -> int:
 TICK_SECONDS = 0.5  # how often leases are renewed and the queue is swept
 SWEEP_PAUSE_SECONDS = 0.01  # between two sweeps, when jobs fall due one after the other
 AGAIN_SECONDS = 0.2  # how long to wait before a call that failed is made again
-CALM_SECONDS = REPLY_SECONDS + 1.5  # after Redis was away: the last instance notices it so late
+CALM_SECONDS = REPLY_SECONDS + 1.5  # by then every instance has noticed that Redis is back
 UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of a job
 TRACEBACK_MOST = 8000  # characters that are kept
 FEW = 6  # instances, about, that answer a message; if none does (0.3 %), the next sweep finds the job
@@ -1354,7 +1357,7 @@ class WorkerPool:
                 if self.stopping.is_set() and not report:
                     return None
                 if report and trio.current_time() >= self.grace.deadline:
-                    log.warning("job %s: if it was not reported, it runs again", report.claim.id)
+                    log.warning("job %s: its report may be lost; then it runs again", report.claim.id)
                     return None
                 self.calls_failed = True
                 with trio.move_on_at(self.grace.deadline):
@@ -1366,7 +1369,7 @@ class WorkerPool:
                 self.answer_waiters([report.claim.id])
             report, token = None, ""
             if claim and self.stopping.is_set():
-                report = Report(claim, "release")
+                report = Report(claim, "fail", claim.damage) if claim.damage else Report(claim, "release")
             elif claim:
                 self.notifier.notify(claim.behind)
                 return claim
@@ -1459,7 +1462,7 @@ async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
     """Run a job once, and say what to report of it; nothing if its lease was lost meanwhile."""
     begun, name, number = trio.current_time(), claim.job_type, claim.attempts
     scope = trio.CancelScope(deadline=min(begun + claim.timeout, pool.grace.deadline))
-    attempt = pool.attempts[claim.token] = Attempt(claim, scope, begun)
+    attempt = pool.attempts[claim.token] = Attempt(claim, scope)
     in_context = _attempt.set(attempt)
     log.info("%s, attempt %d of %d", name, number, claim.max_retries + 1)
     try:
@@ -1604,14 +1607,14 @@ async def leave_behind(pool: WorkerPool) -> None:
 
 async def listen(connection: RedisConnection, pool: WorkerPool) -> None:
     """Notify a worker when any instance puts something into the empty queue."""
-    pause = AGAIN_SECONDS
     while True:
+        pause = AGAIN_SECONDS
         try:
             [reply] = await connection.exchange([("SUBSCRIBE", f"{pool.store.prefix}wake")])
             while not isinstance(reply, redis.ResponseError):
                 with trio.move_on_after(SILENCE_SECONDS) as silence:
                     reply = await connection.message()
-                    hearing = int(reply[-1]) if str(reply[-1]).isdecimal() else 1
+                    hearing = int(reply[-1]) if re.fullmatch(r"[0-9]{1,9}", str(reply[-1])) else 1
                     if random.random() * hearing < FEW:
                         pool.notifier.notify(1)
                 if silence.cancelled_caught:  # perhaps a firewall forgot the connection, and nobody says so
@@ -1637,17 +1640,23 @@ async def open_pool(pool: WorkerPool) -> None:
 
 async def inspect_redis(pool: WorkerPool) -> None:
     """Open the pool once Redis is there, and say then what will not go well with it."""
+    problem = ""
+    while not pool.opened.is_set():
+        try:
+            await open_pool(pool)
+        except redis.ResponseError as error:  # to go on could mean to write to keys of another layout
+            if not problem:
+                log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
+            problem = str(error)
+        except redis.RedisError:
+            pass  # the pipeline says that Redis is away
+        await trio.sleep(AGAIN_SECONDS)
+    if not pool.settings.redis_url or problem:
+        return
     try:
-        while not pool.opened.is_set():
-            with suppress(redis.ConnectionError, redis.TimeoutError):
-                await open_pool(pool)
-            await trio.sleep(AGAIN_SECONDS)
-        if not pool.settings.redis_url:
-            return
         missing, policy = await pool.store.missing_rights(), await pool.store.eviction_policy()
     except redis.RedisError as error:
         log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
-        pool.opened.set()
         return
     if missing:
         log.error("the Redis user may not run %s; the rights that are needed: %s", ", ".join(missing), RIGHTS)
@@ -1712,8 +1721,11 @@ def parse_key(headers: Sequence[str], body: bytes) -> tuple[str, str]:
     header = ", ".join(headers)  # one, or it will not match
     if not re.fullmatch(r'"([ !#-\[\]-~]|\\["\\]){1,255}"|[!#-~]{1,255}', header):
         raise BadRequest("Idempotency-Key must be one of up to 255 ASCII characters, quoted for spaces")
-    unquoted, asked = header.removeprefix('"').removesuffix('"'), msgspec.json.decode(body)
-    texts = unquoted, json.dumps(asked, sort_keys=True)
+    try:
+        asked = json.dumps(msgspec.json.decode(body), sort_keys=True)
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    texts = header.removeprefix('"').removesuffix('"'), asked
     key, fingerprint = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
     return key, fingerprint
 
@@ -1886,7 +1898,7 @@ def create_app(pool: WorkerPool) -> QuartTrio:
             raise Conflict(f"the job is {status} already")
         if status:
             log.info("job %s: cancelled on request, it was %s", job_id, status)
-            pool.answer_waiters([job_id])
+            pool.answer_waiters(await store.finished([job_id]))  # not yet, if a thread runs it
         return await show(job_id)
 
     @app.get("/")
@@ -2280,7 +2292,8 @@ def fork_processes(count: int, listeners: Sequence[socket.socket], early_signals
         for each in listeners:
             each.close()  # or clients would wait in a backlog that nobody empties
         for pid in children:
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, number)
 
     for number in SIGNALS:
         signal.signal(number, stop)
@@ -2298,6 +2311,8 @@ def fork_processes(count: int, listeners: Sequence[socket.socket], early_signals
             if not child:
                 return
         child, waited = os.wait()
+        if child not in children:  # the first process of a container is given those that lost their parent
+            continue
         children.remove(child)
         statuses.append(os.waitstatus_to_exitcode(waited))
         if not is_stopping:
