@@ -1577,12 +1577,16 @@ async def sweep(pool: WorkerPool) -> None:
 async def watch_handlers(pool: WorkerPool) -> None:
     """Name handlers that do not end although they are cancelled, and those that may have blocked the loop."""
     while True:
-        wake_at = trio.current_time() + TICK_SECONDS
+        wake_at, computed = trio.current_time() + TICK_SECONDS, time.process_time()
         await trio.sleep_until(wake_at)
         late = trio.current_time() - wake_at
         if late > pool.settings.lease_seconds / 2:
             names = ", ".join(pool.recent_types | {each.claim.job_type for each in pool.attempts.values()})
-            log.error("the event loop stood still for %.1f s; handlers that ran: %s", late, names or "none")
+            # A loop that is blocked computes, unless its handler sleeps. A process that was frozen does not.
+            is_idle = time.process_time() - computed < late / 10
+            why = ", hardly computing: it was frozen, or a handler slept" if is_idle else ""
+            text = "the event loop stood still for %.1f s%s; handlers that ran: %s"
+            log.error(text, late, why, names or "none")
         pool.recent_types.clear()
         for attempt in pool.attempts.values():
             attempt.overstays += attempt.scope.cancel_called

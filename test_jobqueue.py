@@ -1266,6 +1266,33 @@ async def test_a_job_is_run_and_its_result_kept(
     assert pool.attempts == {}
 
 
+@pytest.mark.parametrize(
+    ("computed", "why"),
+    [(10.0, ""), (0.0, ", hardly computing: it was frozen, or a handler slept")],
+)
+async def test_a_loop_that_stood_still_without_computing_was_perhaps_frozen(
+    computed: float,
+    why: str,
+    autojump_clock: MockClock,
+    memory_bench: Bench,
+    nursery: trio.Nursery,
+    handler: Register,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @handler("still")
+    async def still() -> None:
+        autojump_clock.jump(10)
+        monkeypatch.setattr(time, "process_time", lambda: before + computed)
+
+    before = time.process_time()
+    monkeypatch.setattr(time, "process_time", lambda: before)
+    pool = await run_pool(memory_bench, nursery)
+    await finished(memory_bench, await submit_typed(memory_bench, pool, "still"))
+    await trio.sleep(jobqueue.TICK_SECONDS)
+    assert re.search(rf"stood still for \d+\.\d s{why}; handlers that ran: still\n", caplog.text)
+
+
 async def test_a_job_that_always_fails_is_run_once_and_then_max_retries_times(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
 ) -> None:
