@@ -987,7 +987,7 @@ SCRIPTS = {
     "page": """
         local status, cursor, limit, bytes, cut = unpack(ARGV, 1, 5)  -- then the names of the fields
         limit, bytes, cut = tonumber(limit), tonumber(bytes), tonumber(cut)
-        local after, number = string.match(cursor, '(.*):(.*)')  -- of the last job that was listed
+        local after, number = string.match(cursor, '(.*)%.(.*)')  -- of the last job that was listed
         local ids, numbers, jobs, size, shown = {}, {}, {}, 0, 0
         local function add_scored(place)
           local key, first = P .. place, 0
@@ -1039,7 +1039,7 @@ SCRIPTS = {
             jobs[#jobs + 1] = job
           end
         end
-        local next = shown < #ids and ids[shown] .. ':' .. numbers[shown] or ''
+        local next = shown < #ids and ids[shown] .. '.' .. numbers[shown] or ''
         local function count(place) return redis.call('ZCARD', P .. place) end
         local waiting = redis.call('LLEN', P .. 'queue') - redis.call('SCARD', P .. 'withdrawn')
         local pending = math.max(0, waiting) + count('delayed')
@@ -1748,7 +1748,7 @@ def parse_query() -> tuple[Status | None, str, int | None, int]:
     status, cursor, limit = query.get("status"), query.get("cursor", ""), query.get("limit")
     if status is not None and status not in list(Status):
         raise BadRequest(f"status must be one of: {', '.join(Status)}")
-    if cursor and not re.fullmatch(r"[0-9a-f-]{36}:-?[0-9]{1,16}", cursor):
+    if cursor and not re.fullmatch(r"[0-9a-f-]{36}\.-?[0-9]{1,16}", cursor):
         raise BadRequest("cursor must be one from a Link header, with the status that was asked for there")
     for name, least, most in (("limit", 1, PAGE_MOST), ("cut", CUT_LEAST, CUT_MOST)):
         text = query.get(name, str(least))
