@@ -1018,6 +1018,41 @@ async def test_cancelled_jobs_stay_in_the_queue_uncounted_and_unlisted_until_a_c
     assert bench.client.scard("{jobqueue}:withdrawn") == 0
 
 
+@pytest.mark.parametrize("transition", ["retry", "defer", "release", "fail", "complete"])
+async def test_a_thread_whose_job_was_cancelled_is_not_run_again_whatever_it_reports(
+    bench: Bench, handler: Register, transition: str
+) -> None:
+    @handler("math")
+    def math(a: int, b: int) -> None: ...
+
+    await submitted(bench)
+    claimed = await claim(bench, "i:1")
+    assert await bench.store.cancel(claimed.id) == "processing"
+    await report(bench, claimed, transition, "3")
+    job = bench.job(claimed.id)
+    expected = ("completed", None) if transition == "complete" else ("failed", "cancelled")
+    assert (job["status"], job.get("error")) == expected
+
+
+@pytest.mark.parametrize("field", ["attempts", "max_retries"])
+async def test_a_number_that_no_job_can_have_is_damage(bench: Bench, field: str) -> None:
+    [job_id] = await submitted(bench)
+    bench.client.hset(f"{{jobqueue}}:job:{job_id}", field, 5000)
+    assert f"its {field} is 500" in (await claim(bench, "i:1")).damage
+
+
+async def test_the_layout_is_read_from_a_redis_that_has_no_room(
+    own_redis: Callable[..., RedisServer], nursery: trio.Nursery
+) -> None:
+    server = own_redis()
+    server.client.set("{jobqueue}:layout", "1")
+    server.client.config_set("maxmemory", 1)
+    pipeline = AutoPipeline(RedisConnection(server.url).exchange)
+    nursery.start_soon(pipeline.run)
+    assert await Store(pipeline).layout() == "1"
+    nursery.cancel_scope.cancel()
+
+
 async def test_scripts_survive_a_redis_that_forgot_them(bench: Bench) -> None:
     await submitted(bench)
     bench.client.script_flush()
@@ -1438,7 +1473,7 @@ async def test_who_may_not_listen_for_work_is_told_so(
     nursery.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("hearing", ["", "6", "600"])
+@pytest.mark.parametrize("hearing", ["", "6", "600", "9" * 400])
 async def test_of_many_instances_that_hear_of_a_job_only_a_few_come_for_it(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, hearing: str
 ) -> None:
@@ -1566,6 +1601,24 @@ async def test_progress_is_kept_by_the_next_heartbeat_and_fenced(
     assert (await shown_job(memory_bench, job_id))["progress"] == shown["progress"]
     expected = jobqueue.Job(job_id, "pages", 1, 3)
     assert json.loads((await finished(memory_bench, job_id))["result"]) == str(expected)
+
+
+async def test_a_note_that_is_no_unicode_harms_neither_its_job_nor_another(
+    handler: Register, bench: Bench, nursery: trio.Nursery
+) -> None:
+    @handler("note")
+    async def note() -> None:
+        jobqueue.progress(0.5, "caf\udce9")
+
+    pool = await run_pool(bench, nursery)
+    ids = [
+        await submit_typed(bench, pool, "note"),
+        await submit_typed(bench, pool, "math", '{"a": 1, "b": 1}'),
+    ]
+    for job_id in ids:
+        assert (await finished(bench, job_id))["status"] == "completed"
+    assert json.loads(bench.job(ids[0])["progress"])["note"] == "caf\\udce9"
+    nursery.cancel_scope.cancel()
 
 
 async def test_progress_and_job_in_a_thread_are_those_of_its_job(handler: Register, bench: Bench) -> None:

@@ -5,10 +5,10 @@
     what it shows
     ```
 
-In a listing `…` stands for anything; ids, times, durations and processes may be others; and each port that the
-README names is a free one here. A ```python block whose first line is `# name.py` is written to that file. All
-commands run in one shell, in a copy of the repository. Nothing is timed: a command that only looks is repeated
-until it shows what it should, as a person looks again.
+In a listing `…` stands for anything; ids, times, durations and processes may be others; and each port that
+the README names is a free one here. A ```python block whose first line is `# name.py` is written to that
+file. All commands run in one shell, in a copy of the repository. Nothing is timed: a command that only looks
+is repeated until it shows what it should, as a person looks again.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ def blocks(text: str) -> Iterator[tuple[int, str, list[str]]]:
 def steps(text: str) -> list[Step]:
     """What a reader of a Markdown text does, in order."""
     found: list[Step] = []
-    for number, language, lines in blocks(text):
+    for first, language, lines in blocks(text):
         if language == "python" and (name := re.fullmatch(r"# (\w+\.py)", lines[0])):
-            found.append(Step(number, name[1], "\n".join(lines) + "\n", is_file=True))
+            found.append(Step(first, name[1], "\n".join(lines) + "\n", is_file=True))
         if language != "console":
             continue
-        assert lines[0].startswith("$ "), f"line {number} of the README is no command"
+        assert lines[0].startswith("$ "), f"line {first} of the README is no command"
         is_open = False  # whether the command goes on in the next line
-        for number, line in enumerate(lines, number):
+        for number, line in enumerate(lines, first):
             if is_open:
                 found[-1] = found[-1]._replace(command=f"{found[-1].command}\n{line}")
             elif line.startswith("$ "):
@@ -184,6 +184,7 @@ def with_free_ports(text: str) -> str:
 
 def start_command(text: str) -> str:
     """How the README starts the service, after it has installed what that needs."""
+    command: str
     [command] = re.findall(r"^    python3 -m venv .* && (\S+ jobqueue\.py)$", text, re.MULTILINE)
     return command
 
