@@ -148,9 +148,7 @@ class Settings:
     processes: int = _setting(1, "processes, each with so many workers; 0: as many as cores", 0, 256)
     max_retries: int = _setting(3, "attempts after a failed first one, for a job that does not say", 0, 100)
     retry_delay_seconds: float = _setting(0.5, "wait before the first retry; doubles with each", 0, 3600)
-    job_timeout_seconds: float = _setting(
-        300.0, "longest attempt, for a job that does not say", 0.001, 604_800
-    )
+    job_timeout_seconds: float = _setting(300.0, "longest attempt, if a job does not say", 0.001, 604_800)
     lease_seconds: float = _setting(15.0, "a worker silent for so long has lost its job", 0.5, 3600)
     shutdown_grace_seconds: float = _setting(20.0, "what running jobs get to finish at shutdown", 0, 86_400)
     retention_seconds: float = _setting(604_800.0, "how long finished jobs are kept; 0: for ever", 0, 1e10)
@@ -528,11 +526,7 @@ SENTINEL_OPTIONS = re.compile("username|password|retry|protocol|socket_(connect_
 
 
 class RedisAddress:
-    """Where REDIS_URL leads: to Redis, or to the sentinels that know where it is.
-
-    redis://user:password@host:6379/0, rediss:// for TLS, unix:///path, or
-    redis+sentinel://user:password@host:26379,host:26379/name/0. Raises ValueError for anything else.
-    """
+    """Where a URL leads: to Redis, or to sentinels that know where it is. ValueError if it leads nowhere."""
 
     def __init__(self, url: str) -> None:
         self._sentinels: list[tuple[str, int]] = []
@@ -688,9 +682,7 @@ class AutoPipeline:
 
     def __init__(self, *transports: Transport) -> None:
         self._transports = transports
-        self._idle: list[
-            trio.lowlevel.Task
-        ] = []  # of transports that have nothing to carry; last in, first out
+        self._idle: list[trio.lowlevel.Task] = []  # transports with nothing to carry; last in, first out
         self._queue: list[tuple[Command, trio.lowlevel.Task]] = []  # each command with its caller
         self._away = False
 
@@ -833,11 +825,11 @@ end
 local function claim(worker, number, lease)  -- a Claim; false without a worker, or if there is no job
   if worker == '' then return false end
   local token, record = worker .. ':' .. number, P .. 'claim:' .. worker
-  local length, last = redis.call('LLEN', P .. 'queue'), redis.call('GET', record)  -- its last number and job
-  if last and tonumber(number) <= tonumber(string.match(last, '^%d+')) then
+  local length = redis.call('LLEN', P .. 'queue')
+  local last, last_id = string.match(redis.call('GET', record) or '', '^(%d+) (.*)')
+  if last and tonumber(number) <= tonumber(last) then
     -- Again, since its reply was lost; or late, and nobody waits for it any more.
-    local is_again = string.sub(last, 1, #number + 1) == number .. ' '
-    return is_again and give(string.sub(last, #number + 2), token, worker, lease, length, true) or false
+    return number == last and give(last_id, token, worker, lease, length, true) or false
   end
   for behind = length - 1, math.max(0, length - 1000), -1 do  -- at most so many that were cancelled
     local id = redis.call('LINDEX', P .. 'queue', -1)
@@ -1266,6 +1258,7 @@ CALM_SECONDS = REPLY_SECONDS + 1.5  # by then every instance has noticed that Re
 UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of a job
 TRACEBACK_MOST = 8000  # characters that are kept
 FEW = 6  # instances, about, that answer a message; if none does (0.3 %), the next sweep finds the job
+EXIT_SECONDS = 0.8  # after the end of the grace, until the process ends in any case
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked for a sign of life
 # The frames of a traceback that come before the handler's own.
@@ -1308,8 +1301,8 @@ class WorkerPool:
         self.requests = trio.CancelScope()  # around all that serve HTTP, with the same deadline
         self.crashed = False  # whether a task failed: the exit status
         self.instance = f"{socket.gethostname()}:{os.getpid()}/{secrets.token_hex(6)}"
-        self.opened = trio.Event()  # set when `inspect_redis` has looked at Redis, or at shutdown
-        self.numbers = itertools.count(1)  # of claims
+        self.opened = trio.Event()  # set when the keys in Redis are known to be ours, or at shutdown
+        self.numbers = itertools.count(1)  # of workers, and of claims
         self.attempts: dict[str, Attempt] = {}  # by fencing token
         self.recent_types: set[str] = set()  # of the attempts that ended in the last tick
         self.unknown_types: set[str] = set()  # that were logged already
@@ -1476,7 +1469,7 @@ async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
     if isinstance(result, Failure) and result.traceback:
         log.debug("the traceback:\n%s", result.traceback)
     _attempt.reset(in_context)
-    return report._replace(progress=attempt.progress) if report and attempt.progress else report
+    return report and report._replace(progress=attempt.progress)
 
 
 def defer(pool: WorkerPool, claim: Claim) -> Report:
@@ -1565,8 +1558,8 @@ async def sweep(pool: WorkerPool) -> None:
         except redis.RedisError as error:
             pool.refused(error)
         else:
-            for job in found.ended:
-                log.warning("job %s: its worker is gone: %s, attempt %s; now it is %s", *job)
+            for ended in found.ended:
+                log.warning("job %s: its worker is gone: %s, attempt %s; now it is %s", *ended)
             pool.answer_waiters(finished)
             pool.notifier.notify(math.inf if pool.calls_failed else found.ready)
             pool.calls_failed = False
@@ -1593,6 +1586,16 @@ async def watch_handlers(pool: WorkerPool) -> None:
             if attempt.overstays == 3:
                 text = "job %s: %s does not end, although it should: its worker waits for it"
                 log.warning(text, attempt.claim.id, attempt.claim.job_type)
+
+
+def end_process(pool: WorkerPool, seconds: float) -> None:
+    """End this process in so many seconds, if it did not by itself.
+
+    A handler that blocks the event loop, or a thread, holds its worker. What they hold is safe: leases end.
+    """
+    timer = threading.Timer(seconds, lambda: os._exit(pool.crashed))
+    timer.daemon = True
+    timer.start()
 
 
 async def leave_behind(pool: WorkerPool) -> None:
@@ -1801,17 +1804,13 @@ def in_order(app: Any) -> Any:
 
 def problem_with(path: str, host: str) -> str:
     """Why a request has no address; empty if it has one."""
-    try:
-        if not (path.startswith("/") or path == "*" or urlsplit(path).netloc):
-            return "that is no address"
-    except ValueError:
-        return "that is no address"
-    return "" if HOST.fullmatch(host) and len(host) < 256 else f"{host[:80]!a} is no host name"
+    with suppress(ValueError):  # from urlsplit
+        if path.startswith("/") or path == "*" or urlsplit(path).netloc:
+            return "" if HOST.fullmatch(host) and len(host) < 256 else f"{host[:80]!a} is no host name"
+    return "that is no address"
 
 
-def answer(
-    body: str | AsyncIterator[str], status: int = 200, headers: dict[str, str] | None = None
-) -> Response:
+def answer(body: str | AsyncIterator[str], status: int = 200, headers: Any = None) -> Response:
     return Response(body, status, headers, content_type="application/json")
 
 
@@ -1824,8 +1823,8 @@ def create_app(pool: WorkerPool) -> QuartTrio:
     own_name = re.compile(rf"([\w-]+|[\d.]+|\[[\da-f:.]+\]|{re.escape(settings.host)})(:\d+)?", re.I | re.A)
 
     @app.before_request
-    async def guard() -> None:
-        """Ask for the token; without one, serve only who asks for an address, HOST, or a name without a dot.
+    async def check_caller() -> None:
+        """Ask for the API token; if none is set, the Host must be an address, HOST, or a name without a dot.
 
         So no other web site gets through a visitor's browser: it could send neither application/json nor
         DELETE, and read nothing, without this server's consent (CORS); and to pass for this server it would
@@ -1975,7 +1974,6 @@ RESERVED_DESCRIPTORS = 100  # those that clients cannot take: Redis must be reac
 IDLE_CLIENT_SECONDS = 5.0  # how long a connection may wait for a request, or for the rest of its head
 SILENT_CLIENT_SECONDS = 30.0  # how long a client may take nothing of its answer
 Resources = AbstractAsyncContextManager[object] | None
-EXIT_SECONDS = 0.8  # after the end of the grace, until the process ends in any case
 
 
 async def serve(
@@ -2146,10 +2144,8 @@ async def serve_http(app: QuartTrio, listeners: Sequence[socket.socket], pool: W
     with pool.requests:
         async with trio.open_nursery() as serving:
             async with trio.open_nursery() as accepting:
-                for listener in listeners:
-                    accepting.start_soon(
-                        accept, trio.SocketListener(trio.socket.from_stdlib_socket(listener))
-                    )
+                for each in map(trio.socket.from_stdlib_socket, listeners):
+                    accepting.start_soon(accept, trio.SocketListener(each))
                 await pool.stopping.wait()
                 accepting.cancel_scope.cancel()
             await context.terminated.set()
@@ -2193,17 +2189,6 @@ def stop_on_signals(pool: WorkerPool, early_signals: Iterable[int]) -> None:
         on_signal(early, None)
 
 
-def end_process(pool: WorkerPool, seconds: float) -> None:
-    """End this process in so many seconds, if it did not by itself.
-
-    A client that reads nothing of a large answer holds hypercorn, which shields what it sends; a handler that
-    blocks the event loop, or a thread, holds its worker. What they hold is safe: leases end.
-    """
-    timer = threading.Timer(seconds, lambda: os._exit(pool.crashed))
-    timer.daemon = True
-    timer.start()
-
-
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -2229,14 +2214,14 @@ def set_up_logging(level: str) -> None:
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
-    def complete(record: logging.LogRecord) -> bool:
+    def add_job(record: logging.LogRecord) -> bool:
         attempt = _attempt.get(None)
         record.job = f"job {attempt.claim.id}: " if attempt else ""
         record.time = datetime.fromtimestamp(record.created).isoformat(" ", "milliseconds")
         return True
 
     handler = logging.StreamHandler()
-    handler.addFilter(complete)
+    handler.addFilter(add_job)
     handler.setFormatter(OneLine("%(time)s %(levelname)-7s %(job)s%(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
@@ -2251,9 +2236,8 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
         try:
             listeners.append(socket.create_server((name, port), family=family, backlog=BACKLOG))
         except OSError as error:
-            if error.errno == errno.EADDRINUSE or (
-                not listeners and name == names[-1]
-            ):  # or it has one family alone
+            has_none = not listeners and name == names[-1]  # otherwise the host has one family alone
+            if error.errno == errno.EADDRINUSE or has_none:
                 sys.exit(f"{PROGRAM}: cannot listen on {host}, port {port}: {error.strerror}")
         else:
             port = listeners[-1].getsockname()[1]  # the same for both, also when any would do
