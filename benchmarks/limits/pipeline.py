@@ -28,7 +28,7 @@ def script(name: str) -> Any:
 
 
 def math_jobs(count: int) -> list[str | int]:
-    """The arguments of `submit`: no idempotency key, nothing to keep for it, no message, and then the jobs."""
+    """The arguments of `submit`: no idempotency key, nothing to keep, no message; then the jobs."""
     arguments: list[str | int] = ["", "", 1]
     for _ in range(count):
         arguments += [str(uuid.uuid4()), "math", '{"a": 1, "b": 2}', 3, "300.0", 0]
