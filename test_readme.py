@@ -30,13 +30,14 @@ from conftest import MODULE, PATIENCE_SECONDS, eventually, free_port, missing
 
 README = MODULE.parent / "README.md"
 PORTS = re.compile(r"\b(808\d|6399|9000)\b")
-LOOKS = re.compile(r"(?!.* (-d|-X) )(curl|cat|redis-cli) ", re.DOTALL)
+LOOKS = re.compile(r"(?!.* (-d|-X) )(curl|cat|cli) ", re.DOTALL)
 READY = re.compile("listening on|Ready to accept connections")
 MASKS = {
     r"[\da-f]{8}-[\da-f]{4}-[\da-f]{4}-[\da-f]{4}-[\da-f]{12}": "<id>",
     r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d\.\d{3}Z?": "<time>",
     r"\b1\d{12}\b": "<milliseconds>",
     r'"worker": "[^"]+:\d+"': '"worker": "<instance>"',
+    r'"[^"]+:\d+/[\da-f]{12}:\d+:\d+"': '"<fencing token>"',
     r"\b\d+\.\d+ ?s\b": "<duration>",
     r"(?m)[ \t\r]+$": "",
 }
@@ -122,6 +123,9 @@ class Shell:
         assert self.bash.stdin
         assert self.bash.stdout
         (self.folder / ".step").write_text(command + "\n")
+        log = re.search(r">(\S+\.log) &", command)  # of a program that goes on behind the next commands
+        if log:
+            (self.folder / log[1]).unlink(missing_ok=True)  # or the line of an earlier one would do
         self.bash.stdin.write(b". ./.step </dev/null; echo; echo '%s'$(jobs -p)\n" % self.END.encode())
         self.bash.stdin.flush()
         seen, give_up = b"", time.monotonic() + PATIENCE_SECONDS
@@ -130,9 +134,12 @@ class Shell:
                 pytest.fail(f"{command!r} does not end; so far it said: {seen.decode()}")
             seen += os.read(self.bash.stdout.fileno(), 65_536)
         self.running = [int(number) for number in end[1].split()]
-        if log := re.search(r">(\S+\.log) &", command):
-            eventually(lambda: READY.search((self.folder / log[1]).read_text()), f"{command} is ready")
-        return seen[: end.start()].decode()
+        if log:
+            eventually(lambda: self.is_ready(self.folder / log[1]), f"{command} is ready")
+        return re.sub(r"(?m)^\S+: line \d+: +\d+ Killed .*\n", "", seen[: end.start()].decode())  # bash's own
+
+    def is_ready(self, log: Path) -> bool:
+        return log.exists() and READY.search(log.read_text()) is not None
 
     def close(self) -> None:
         for process_id in self.running:
