@@ -1577,7 +1577,7 @@ async def watch_handlers(pool: WorkerPool) -> None:
             names = ", ".join(pool.recent_types | {each.claim.job_type for each in pool.attempts.values()})
             # A loop that is blocked computes, unless its handler sleeps. A process that was frozen does not.
             is_idle = time.process_time() - computed < late / 10
-            why = ", hardly computing: it was frozen, or a handler slept" if is_idle else ""
+            why = ", hardly computing: the process was frozen, or a handler slept" if is_idle else ""
             text = "the event loop stood still for %.1f s%s; handlers that ran: %s"
             log.error(text, late, why, names or "none")
         pool.recent_types.clear()

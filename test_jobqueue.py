@@ -1303,7 +1303,7 @@ async def test_a_job_is_run_and_its_result_kept(
 
 @pytest.mark.parametrize(
     ("computed", "why"),
-    [(10.0, ""), (0.0, ", hardly computing: it was frozen, or a handler slept")],
+    [(10.0, ""), (0.0, ", hardly computing: the process was frozen, or a handler slept")],
 )
 async def test_a_loop_that_stood_still_without_computing_was_perhaps_frozen(
     computed: float,
