@@ -306,7 +306,9 @@ def test_a_process_frozen_past_its_lease_can_change_nothing(
     arrived(client, 2)
     frozen.process.send_signal(signal.SIGCONT)
     eventually(lambda: frozen.logged(f"{job_id}: .* on request, or its lease was lost"))
-    eventually(lambda: frozen.logged("the event loop stood still for .*: it was frozen, or a handler slept"))
+    eventually(
+        lambda: frozen.logged("the event loop stood still for .*: the process was frozen, or a handler slept")
+    )
     assert client.lrange("left", 0, -1) == ["a"]  # the frozen one's `finally` ran, the other still runs
     client.set("open:a", 1)
     job = other.ended(job_id)
