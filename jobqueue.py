@@ -1068,6 +1068,7 @@ SCRIPTS = {
         return status""",
 }
 LUA = LUA_CLOCK + LUA_COMMON + "".join(SCRIPTS.values())
+# Each is tried on one key. DEL comes last, since it takes away what the others left there.
 COMMANDS = [*sorted({*re.findall(r"(?:call|push)\('([A-Z]+)'", LUA)} - {"DEL"}), "EVALSHA", "DEL"]
 RIGHTS = "~{jobqueue}:* &{jobqueue}:* +@read +@write +@scripting +@pubsub +@connection +time +info"
 NO_LIMIT = 1 << 53  # for Lua, whose numbers are exact up to here
@@ -1469,7 +1470,7 @@ async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
     if isinstance(result, Failure) and result.traceback:
         log.debug("the traceback:\n%s", result.traceback)
     _attempt.reset(in_context)
-    return report and report._replace(progress=attempt.progress)
+    return report._replace(progress=attempt.progress) if report and attempt.progress else report
 
 
 def defer(pool: WorkerPool, claim: Claim) -> Report:
@@ -1647,18 +1648,18 @@ async def open_pool(pool: WorkerPool) -> None:
 
 async def inspect_redis(pool: WorkerPool) -> None:
     """Open the pool once Redis is there, and say then what will not go well with it."""
-    problem = ""
+    was_refused = False
     while not pool.opened.is_set():
         try:
             await open_pool(pool)
         except redis.ResponseError as error:  # to go on could mean to write to keys of another layout
-            if not problem:
+            if not was_refused:
                 log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
-            problem = str(error)
+            was_refused = True
         except redis.RedisError:
             pass  # the pipeline says that Redis is away
         await trio.sleep(AGAIN_SECONDS)
-    if not pool.settings.redis_url or problem:
+    if not pool.settings.redis_url or was_refused:
         return
     try:
         missing, policy = await pool.store.missing_rights(), await pool.store.eviction_policy()
@@ -2271,7 +2272,7 @@ def fork_processes(count: int, listeners: Sequence[socket.socket], early_signals
     """
     if sys.platform == "win32":
         return  # never: Settings refuses it
-    children, statuses, is_stopping = set[int](), [0], False
+    children, worst, is_stopping = set[int](), 0, False
     parent, held_open = os.pipe()
 
     def stop(number: int, _frame: object = None) -> None:
@@ -2302,11 +2303,13 @@ def fork_processes(count: int, listeners: Sequence[socket.socket], early_signals
         if child not in children:  # the first process of a container is given those that lost their parent
             continue
         children.remove(child)
-        statuses.append(os.waitstatus_to_exitcode(waited))
-        if not is_stopping:
-            log.error("process %d is gone, with status %d: another one starts", child, statuses.pop())
+        status = os.waitstatus_to_exitcode(waited)  # negative: of the signal that killed it
+        if is_stopping:
+            worst = max(worst, abs(status))
+        else:
+            log.error("process %d is gone, with status %d: another one starts", child, status)
             time.sleep(AGAIN_SECONDS)
-    sys.exit(max(map(abs, statuses)))
+    sys.exit(worst)
 
 
 def main(resources: Resources = None) -> None:

@@ -664,12 +664,19 @@ def children(program: Program) -> set[int]:
     return set(map(int, path.read_text().split()))
 
 
+def serving(program: Program, count: int) -> set[int]:
+    """So many processes that serve for this one, once they are there."""
+    found: set[int] = eventually(
+        lambda: len(children(program)) == count and children(program), f"{count} processes"
+    )
+    return found
+
+
 def test_several_processes_share_a_port_and_one_that_dies_is_started_again(
     service: Start, redis_server: RedisServer
 ) -> None:
     program = service(redis_server.url, "--processes", "3", "--workers", "2")
-    before = eventually(lambda: len(children(program)) == 3 and children(program), "three processes")
-    victim = min(before)
+    victim = min(serving(program, 3))
     os.kill(victim, signal.SIGKILL)
     eventually(lambda: len(children(program) - {victim}) == 3, "another process")
     assert program.logged(f"process {victim} is gone, with status -9")
@@ -694,7 +701,7 @@ def test_the_processes_finish_their_jobs_at_a_ctrl_c_in_the_terminal(
 
 def test_the_processes_end_with_the_one_that_started_them(service: Start, redis_server: RedisServer) -> None:
     program = service(redis_server.url, "--processes", "2")
-    served_by = eventually(lambda: len(children(program)) == 2 and children(program), "two processes")
+    served_by = serving(program, 2)
     program.kill()
     eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in served_by), "they end")
 
@@ -703,7 +710,7 @@ def test_the_worst_status_of_the_processes_is_that_of_the_program(
     service: Start, redis_server: RedisServer
 ) -> None:
     program = service(redis_server.url, "--processes", "2")
-    served_by = eventually(lambda: len(children(program)) == 2 and children(program), "two processes")
+    served_by = serving(program, 2)
     os.kill(min(served_by), signal.SIGSTOP)  # it cannot heed the signal that is passed on
     program.process.send_signal(signal.SIGTERM)
     eventually(lambda: children(program) == {min(served_by)}, "the other one ends")
