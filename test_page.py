@@ -63,7 +63,33 @@ def read_log(browser: webdriver.Chrome, kind: str) -> list[dict[str, Any]]:
     return entries
 
 
-class Page:
+class Reader:
+    """What a test reads of a page, in whatever browser it is."""
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        raise NotImplementedError
+
+    def text(self, selector: str) -> str:
+        raise NotImplementedError
+
+    def shows(self, text: str, selector: str = "body") -> None:
+        """Wait for a text."""
+        eventually(lambda: text in self.text(selector), f"{selector} shows {text!r}")
+
+    def top(self, job_id: str) -> float:
+        """Where a row begins, in pixels below the top edge of the screen."""
+        top: float = self.run(
+            "return document.getElementById(arguments[0]).getBoundingClientRect().top", job_id
+        )
+        return top
+
+    def ids(self) -> list[str]:
+        """The ids of the jobs listed, from the top."""
+        listed: list[str] = self.run("return [...document.querySelectorAll('tbody')].map(body => body.id)")
+        return listed
+
+
+class Page(Reader):
     """A browser at the page of a program. Elements are named by CSS selectors."""
 
     def __init__(
@@ -112,25 +138,9 @@ class Page:
         look = "const e = document.querySelector(arguments[0]); return e?.checkVisibility() && e.innerText"
         return str(self.run(look, selector) or "")
 
-    def shows(self, text: str, selector: str = "body") -> None:
-        """Wait for a text."""
-        eventually(lambda: text in self.text(selector), f"{selector} shows {text!r}")
-
-    def top(self, job_id: str) -> float:
-        """Where a row begins, in pixels below the top edge of the screen."""
-        top: float = self.run(
-            "return document.getElementById(arguments[0]).getBoundingClientRect().top", job_id
-        )
-        return top
-
     def has_at_the_top(self, job_id: str) -> bool:
         """Whether the list begins with this job, and that is to be seen."""
         return self.ids()[:1] == [job_id] and 0 <= self.top(job_id) < 300
-
-    def ids(self) -> list[str]:
-        """The ids of the jobs listed, from the top."""
-        listed: list[str] = self.run("return [...document.querySelectorAll('tbody')].map(body => body.id)")
-        return listed
 
     def row(self, job_id: str) -> str:
         return f"[id='{job_id}']"
@@ -1391,13 +1401,13 @@ def axe() -> str:
 
 
 AXE_RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+RUN_AXE = "; const [rules, done] = arguments; axe.run({runOnly: rules}).then(done)"
 LOOKS = [(width, scheme) for width in (320, 1280) for scheme in ("light", "dark")]
 
 
 def run_axe(page: Page, axe: str) -> list[tuple[str, list[str]]]:
     """The rules that the page breaks, and the elements that do."""
-    script = f"{axe}; const [rules, done] = arguments; axe.run({{runOnly: rules}}).then(done)"
-    found = page.browser.execute_async_script(script, AXE_RULES)
+    found = page.browser.execute_async_script(axe + RUN_AXE, AXE_RULES)
     return [
         (broken["id"], [node["html"][:120] for node in broken["nodes"]]) for broken in found["violations"]
     ]
@@ -1475,7 +1485,7 @@ return poor;
 # ── In Firefox ──────────────────────────────────────────────────────────────────────────────────
 
 
-class Firefox:
+class Firefox(Reader):
     """Firefox, driven by its own protocol, Marionette: Debian has no geckodriver to speak WebDriver with it.
 
     A message is its length, a colon, and JSON (Firefox Source Docs, *Marionette*, "Protocol").
@@ -1518,25 +1528,11 @@ class Firefox:
         return self.command("ExecuteScript", script=script, args=arguments)["value"]
 
     def axe(self, axe: str) -> list[str]:
-        script = f"{axe}; const [rules, done] = arguments; axe.run({{runOnly: rules}}).then(done)"
-        found = self.command("ExecuteAsyncScript", script=script, args=[AXE_RULES])["value"]
+        found = self.command("ExecuteAsyncScript", script=axe + RUN_AXE, args=[AXE_RULES])["value"]
         return [broken["id"] for broken in found["violations"]]
 
     def text(self, selector: str) -> str:
         return str(self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector))
-
-    def shows(self, text: str, selector: str) -> None:
-        eventually(lambda: text in self.text(selector), f"{selector} shows {text!r}")
-
-    def ids(self) -> list[str]:
-        listed: list[str] = self.run("return [...document.querySelectorAll('tbody')].map(body => body.id)")
-        return listed
-
-    def top(self, job_id: str) -> float:
-        top: float = self.run(
-            "return document.getElementById(arguments[0]).getBoundingClientRect().top", job_id
-        )
-        return top
 
     def point(self, x: float, y: float, clicks: int = 0) -> None:
         actions = [{"type": "pointerMove", "x": int(x), "y": int(y), "duration": 0}]
