@@ -569,6 +569,7 @@ class RedisConnection:
         self._address = RedisAddress(url)
         self._moved: tuple[str, int] | None = None  # where the cluster said that our keys are
         self._connection: Any = None
+        self._give_up_at = math.inf  # unless the exchange that is under way makes progress
 
     async def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands and receive their replies; a refusal is a ResponseError among them.
@@ -576,28 +577,38 @@ class RedisConnection:
         Raises redis.ConnectionError or TimeoutError; then nobody knows which were carried out.
         """
         replies: list[Any] = []
+        self._give_up_at = trio.current_time() + REPLY_SECONDS
         try:
-            with trio.move_on_after(REPLY_SECONDS) as patience:
-                if self._connection is None:
+            if self._connection is None:
+                with trio.fail_after(REPLY_SECONDS):
                     await self._connect()
-                await self._send(b"".join(map(pack_command, commands)), patience)
-                while len(replies) < len(commands):
-                    await self._receive()
-                    while (reply := self._reader.gets()) is not NOT_YET:
-                        if isinstance(reply, redis.ConnectionError):  # UNFIT
-                            raise reply
-                        replies.append(reply)
-                    if len(replies) < len(commands):  # there was progress
-                        patience.deadline = trio.current_time() + REPLY_SECONDS
-                if len(replies) > len(commands) or self._reader.has_data():
-                    raise redis.ConnectionError("Redis sent more than it was asked for")
-                return replies
-            raise redis.TimeoutError(f"no progress for {REPLY_SECONDS:g} s")
+            await self._send(b"".join(map(pack_command, commands)))
+            while len(replies) < len(commands):
+                await self._receive()
+                while (reply := self._reader.gets()) is not NOT_YET:
+                    if isinstance(reply, redis.ConnectionError):  # UNFIT
+                        raise reply
+                    replies.append(reply)
+            if len(replies) > len(commands) or self._reader.has_data():
+                raise redis.ConnectionError("Redis sent more than it was asked for")
+            return replies
         except BaseException as error:  # Cancelled too: a late reply must not meet the next exchange
             self.hang_up()
+            if isinstance(error, Exception) and trio.current_time() >= self._give_up_at:
+                raise redis.TimeoutError(f"no progress for {REPLY_SECONDS:g} s") from None
             if isinstance(error, OSError | UnicodeError):  # the latter is what an impossible host name gives
                 raise redis.ConnectionError(str(error)) from None
             raise
+        finally:
+            self._give_up_at = math.inf
+
+    async def watch(self) -> None:
+        """Cut off each exchange that makes no progress. A scope around each would cost 5 % of the drain."""
+        while True:
+            await trio.sleep(REPLY_SECONDS / 10)
+            if self._connection and trio.current_time() >= self._give_up_at:
+                with suppress(OSError):  # it was closed at the other end
+                    self._socket.shutdown(socket.SHUT_RDWR)  # whoever waits for it wakes up
 
     async def message(self) -> Any:
         """The next message of a channel that was subscribed to, however long it takes."""
@@ -607,7 +618,7 @@ class RedisConnection:
 
     async def ping(self) -> None:
         """Ask for a sign of life on a connection that subscribed; a message serves as well as the reply."""
-        await self._send(pack_command(("PING",)), trio.CancelScope())
+        await self._send(pack_command(("PING",)))
         await self.message()
 
     def hang_up(self) -> None:
@@ -632,13 +643,13 @@ class RedisConnection:
             self._moved = moved[1].strip("[]") or self._connection.host, int(moved[2])
         return redis.ConnectionError(text)
 
-    async def _send(self, data: bytes, patience: trio.CancelScope) -> None:
+    async def _send(self, data: bytes) -> None:
         rest = memoryview(data)
         while rest:
             try:
                 rest = rest[self._socket.send(rest) :]
+                self._give_up_at = trio.current_time() + REPLY_SECONDS
             except (BlockingIOError, ssl.SSLWantWriteError):
-                patience.deadline = trio.current_time() + REPLY_SECONDS
                 await trio.lowlevel.wait_writable(self._socket)
 
     async def _receive(self) -> None:
@@ -649,6 +660,7 @@ class RedisConnection:
             if not data:
                 raise redis.ConnectionError("Redis closed the connection")
             self._reader.feed(data)
+            self._give_up_at = trio.current_time() + REPLY_SECONDS
 
 
 def memory() -> Transport:
@@ -765,11 +777,11 @@ class AutoPipeline:
 #   report with another token than the job's is refused; sent again, it finds the status changed already.
 # - The time is Redis's: an instance with a wrong clock must not end the leases of others.
 
-LUA_CLOCK = "local time = redis.call('TIME') local now = time[1] * 1000 + math.floor(time[2] / 1000)"
+# `now` is a text, since Redis is slow to write numbers; Lua computes with it all the same.
+LUA_CLOCK = "local time = redis.call('TIME') local now = time[1] .. string.format('%03d', time[2] / 1000)"
 
 LUA_COMMON = """
 local P = KEYS[1]
-local KNOWN = {pending = true, processing = true, completed = true, failed = true}
 
 local function read(id, ...)  -- fields of a job; none if it was deleted, or its key is somebody else's
   local held = redis.pcall('HMGET', P .. 'job:' .. id, ...)
@@ -778,7 +790,8 @@ local function read(id, ...)  -- fields of a job; none if it was deleted, or its
 end
 
 local function is_stray(id, status, place)
-  if status then return KNOWN[status] and status ~= place end
+  local known = {pending = true, processing = true, completed = true, failed = true}
+  if status then return status ~= place and known[status] end
   local fields = redis.pcall('HLEN', P .. 'job:' .. id)
   return type(fields) == 'table' or fields == 0  -- no job; otherwise somebody deleted the status alone
 end
@@ -809,38 +822,42 @@ local function put_back(id, attempts, due_at, ...)  -- into `delayed`; without a
   redis.call('ZREM', P .. 'processing', id)
 end
 
-local function give(id, token, worker, lease, behind, again)  -- a Claim; nothing if this is no job to run
-  local status, held_by, attempts, job_type, payload, max_retries, timeout = unpack(
-    read(id, 'status', 'token', 'attempts', 'job_type', 'payload', 'max_retries', 'timeout'))
-  if again and not (status == 'processing' and held_by == token) then return end
-  if not again and is_stray(id, status, 'pending') then return end
-  if tonumber(attempts) and not again then attempts = attempts + 1 end
-  redis.call('ZADD', P .. 'processing', now + lease, id)
-  redis.call('ZADD', P .. 'started', now, id)
-  redis.call('HSET', P .. 'job:' .. id, 'status', 'processing', 'attempts', attempts or '', 'token', token,
-    'worker', worker, 'started_at', now)
-  return {behind, id, job_type, payload, attempts, max_retries, timeout, again and 'pending' or status}
+local function read_job(id)
+  return read(id, 'status', 'token', 'attempts', 'job_type', 'payload', 'max_retries', 'timeout')
+end
+
+local function first_in_queue()  -- its id, the job, and whether there are others behind it
+  for _ = 1, 1000 do  -- at most so many that were cancelled
+    local ids = redis.call('LRANGE', P .. 'queue', -2, -1)
+    local id = ids[#ids]
+    local job = id and read_job(id)
+    if not id or not is_stray(id, job[1], 'pending') then return id, job, #ids - 1 end
+    redis.call('RPOP', P .. 'queue')
+    redis.call('SREM', P .. 'withdrawn', id)
+  end
 end
 
 local function claim(worker, number, lease)  -- a Claim; false without a worker, or if there is no job
   if worker == '' then return false end
   local token, record = worker .. ':' .. number, P .. 'claim:' .. worker
-  local length = redis.call('LLEN', P .. 'queue')
-  local last, last_id = string.match(redis.call('GET', record) or '', '^(%d+) (.*)')
-  if last and tonumber(number) <= tonumber(last) then
-    -- Again, since its reply was lost; or late, and nobody waits for it any more.
-    return number == last and give(last_id, token, worker, lease, length, true) or false
+  local id, job, behind = first_in_queue()
+  local before = redis.call('SET', record, number .. ' ' .. (id or ''), 'EX', 3600, 'GET')
+  local last, last_id = string.match(before or '', '^(%d+) (.*)')
+  local is_again = last and tonumber(last) >= tonumber(number)
+  if is_again then  -- its reply was lost; or it comes late, and nobody waits for it any more
+    redis.call('SET', record, before, 'EX', 3600)
+    id, job, behind = last_id, read_job(last_id), 1
+    if last ~= number or job[1] ~= 'processing' or job[2] ~= token then return false end
   end
-  for behind = length - 1, math.max(0, length - 1000), -1 do  -- at most so many that were cancelled
-    local id = redis.call('LINDEX', P .. 'queue', -1)
-    redis.call('SET', record, number .. ' ' .. id, 'EX', 3600)
-    local claimed = give(id, token, worker, lease, behind)
-    redis.call('RPOP', P .. 'queue')
-    if claimed then return claimed end
-    redis.call('SREM', P .. 'withdrawn', id)
-  end
-  redis.call('SET', record, number .. ' ', 'EX', 3600)
-  return false
+  if not id then return false end
+  local status, _, attempts, job_type, payload, max_retries, timeout = unpack(job)
+  if tonumber(attempts) and not is_again then attempts = attempts + 1 end
+  redis.call('ZADD', P .. 'processing', now + lease, id)
+  redis.call('ZADD', P .. 'started', now, id)
+  redis.call('HSET', P .. 'job:' .. id, 'status', 'processing', 'attempts', attempts or '', 'token', token,
+    'worker', worker, 'started_at', now)
+  if not is_again then redis.call('RPOP', P .. 'queue') end
+  return {behind, id, job_type, payload, attempts, max_retries, timeout, is_again and 'pending' or status}
 end
 """
 
@@ -890,13 +907,13 @@ SCRIPTS = {
     "report": """
         local id, token, transition, text, trace, progress, attempts, delay = unpack(ARGV)
         local worker, number, lease = unpack(ARGV, 9)
-        local held_by, status, error, cancel = unpack(read(id, 'token', 'status', 'error', 'cancel'))
+        local held_by, status, cancel = unpack(read(id, 'token', 'status', 'cancel'))
         local accepted, due_at = held_by == token, now + delay
         if not accepted or status ~= 'processing' then  -- refused, or this very report came before
           unlist(accepted and id or '')
         elseif transition == 'complete' then
           finish(id, 'completed', 'result', text)
-          if error then redis.call('HDEL', P .. 'job:' .. id, 'error', 'traceback') end  -- an earlier one
+          if attempts ~= '1' then redis.call('HDEL', P .. 'job:' .. id, 'error', 'traceback') end
         elseif transition == 'fail' or cancel then
           finish(id, 'failed', 'error', cancel and 'cancelled' or text, 'traceback', trace)
         elseif transition == 'retry' then
@@ -924,7 +941,7 @@ SCRIPTS = {
             if cancel then cancelled[#cancelled + 1] = token end
           end
         end
-        return {now, lost, cancelled}""",
+        return {tonumber(now), lost, cancelled}""",
     # → jobs in the queue; ms until there is more to do, or -1; id, type, attempts, status of ended leases
     "sweep": """
         local most, end_leases_by, retention, keep = unpack(ARGV)
@@ -944,7 +961,7 @@ SCRIPTS = {
           if not is_stray(id, read(id, 'status')[1], 'pending') then push('LPUSH', id) end
           redis.call('ZREM', P .. 'delayed', id)
         end
-        for _, id in ipairs(now <= tonumber(end_leases_by) and due('processing') or {}) do
+        for _, id in ipairs(tonumber(now) <= tonumber(end_leases_by) and due('processing') or {}) do
           local status, job_type, attempts, max_retries, cancel =
             unpack(read(id, 'status', 'job_type', 'attempts', 'max_retries', 'cancel'))
           if is_stray(id, status, 'processing') then
@@ -1282,7 +1299,8 @@ class Notifier:
         """Wake as many workers as there are jobs."""
         if jobs:
             self.count += 1
-            self._sleepers.unpark(count=jobs)
+            if self._sleepers:  # since to find nobody costs as much as to wake somebody
+                self._sleepers.unpark(count=jobs)
 
     async def wait(self, seen: int) -> None:
         """Wait for the next notification, but not if there was one since `count` was `seen`."""
@@ -1325,7 +1343,7 @@ class WorkerPool:
 
     def answer_waiters(self, job_ids: Iterable[str]) -> None:
         """Wake the requests that wait for one of these jobs to finish."""
-        for job_id in job_ids:
+        for job_id in job_ids if self.waiters else ():
             if (event := self.waiters.get(job_id)) is not None:
                 event.set()
 
@@ -1618,7 +1636,8 @@ async def listen(connection: RedisConnection, pool: WorkerPool) -> None:
     while True:
         pause = AGAIN_SECONDS
         try:
-            [reply] = await connection.exchange([("SUBSCRIBE", f"{pool.store.prefix}wake")])
+            with trio.fail_after(REPLY_SECONDS):
+                [reply] = await connection.exchange([("SUBSCRIBE", f"{pool.store.prefix}wake")])
             while not isinstance(reply, redis.ResponseError):
                 with trio.move_on_after(SILENCE_SECONDS) as silence:
                     reply = await connection.message()
@@ -1998,6 +2017,8 @@ async def serve(
     app = create_app(pool)
     async with trio.open_nursery() as connections:
         connections.start_soon(guard, pool, pipeline.run)
+        for connection in redis_connections:
+            connections.start_soon(guard, pool, connection.watch)
         async with trio.open_nursery() as background:
             stop_on_signals(pool, early_signals)
             for task in (inspect_redis, heartbeat, sweep, watch_handlers, leave_behind):

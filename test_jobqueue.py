@@ -487,18 +487,20 @@ async def test_a_reply_larger_than_any_buffer_arrives_whole(redis_server: RedisS
 
 
 async def test_redis_frozen_is_a_timeout_and_then_a_new_connection(
-    own_redis: Callable[..., RedisServer], monkeypatch: pytest.MonkeyPatch
+    own_redis: Callable[..., RedisServer], monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
 ) -> None:
     server = own_redis()
     connection = RedisConnection(server.url)
     assert await connection.exchange([("SET", "a", 1)]) == ["OK"]
     monkeypatch.setattr(jobqueue, "REPLY_SECONDS", 0.05)
+    nursery.start_soon(connection.watch)
     server.send_signal(signal.SIGSTOP)
     with pytest.raises(redis.TimeoutError):
         await connection.exchange([("GET", "a")])
     monkeypatch.undo()
     server.send_signal(signal.SIGCONT)
     assert await connection.exchange([("GET", "a")]) == ["1"]
+    nursery.cancel_scope.cancel()
 
 
 async def test_a_call_after_a_restart_of_redis_succeeds(
