@@ -296,10 +296,10 @@ def _show(name: str, value: str) -> str:
         return _json(value)
 
 
-def job_json(job_id: str, stored: Mapping[str, str | None]) -> str:
-    """The JSON of a job, from its hash; what is not known yet is null."""
-    values = {name: stored.get(name) for name in FIELDS}
-    shown = [f'"{name}": {"null" if value is None else _show(name, value)}' for name, value in values.items()]
+def job_json(job_id: str, values: Iterable[str | None]) -> str:
+    """The JSON of a job, from its stored values in the order of FIELDS; what is not known yet is null."""
+    stored = zip(FIELDS, values, strict=True)
+    shown = [f'"{name}": {"null" if value is None else _show(name, value)}' for name, value in stored]
     return f'{{"id": {_json(job_id)}, {", ".join(shown)}}}'
 
 
@@ -783,16 +783,15 @@ LUA_CLOCK = "local time = redis.call('TIME') local now = time[1] .. string.forma
 LUA_COMMON = """
 local P = KEYS[1]
 
-local function read(id, ...)  -- fields of a job, or all with their names; none if its hash is no more
-  local job = P .. 'job:' .. id
-  local held = ... and redis.pcall('HMGET', job, ...) or redis.pcall('HGETALL', job)
+local function read(id, ...)  -- fields of a job; none if it was deleted, or its key is somebody else's
+  local held = redis.pcall('HMGET', P .. 'job:' .. id, ...)
   if held.err and not string.find(held.err, 'WRONGTYPE') then error(held.err, 0) end
   return held.err and {} or held
 end
 
 local function is_stray(id, status, place)
-  if status == place then return false end
-  if status then return ({pending = 1, processing = 1, completed = 1, failed = 1})[status] end
+  local known = {pending = true, processing = true, completed = true, failed = true}
+  if status then return status ~= place and known[status] end
   local fields = redis.pcall('HLEN', P .. 'job:' .. id)
   return type(fields) == 'table' or fields == 0  -- no job; otherwise somebody deleted the status alone
 end
@@ -992,10 +991,10 @@ SCRIPTS = {
         local next_due = first('delayed').time
         local wait = more and 0 or next_due < math.huge and math.max(0, next_due - now) or -1
         return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
-    # → the next cursor or '', each job (perhaps fewer) as id and fields, how many jobs each status has, and
+    # → the next cursor or '', id and fields of each job (perhaps fewer), how many jobs each status has, and
     #   for how long the first in the queue has been due: -1 if there is none
     "page": """
-        local status, cursor, limit, bytes, cut = unpack(ARGV)
+        local status, cursor, limit, bytes, cut = unpack(ARGV, 1, 5)  -- then the names of the fields
         limit, bytes, cut = tonumber(limit), tonumber(bytes), tonumber(cut)
         local after, number = string.match(cursor, '(.*)%.(.*)')  -- of the last job that was listed
         local ids, numbers, jobs, size, shown = {}, {}, {}, 0, 0
@@ -1036,17 +1035,17 @@ SCRIPTS = {
         end
         while shown < math.min(#ids, limit) and size < bytes do
           shown = shown + 1
-          local job, its_status = read(ids[shown]), nil
-          for i = 2, #job, 2 do
-            local value = job[i]
-            if job[i - 1] == 'status' then its_status = value end
-            if #value > cut then  -- no character is halved, and no number looks whole
+          local job = read(ids[shown], 'status', unpack(ARGV, 6))
+          local its_status = job[1]
+          for i, value in ipairs(job) do
+            if value and #value > cut then  -- no character is halved, and no number looks whole
               job[i] = string.gsub(string.sub(value, 1, cut), '[\\192-\\255][\\128-\\191]*$', '') .. '…'
             end
-            size = size + #job[i]
+            size = size + #(job[i] or '')
           end
-          if #job > 0 and (status == '' or its_status == status) then  -- otherwise a stray, or cancelled
-            jobs[#jobs + 1] = {ids[shown], job}
+          if status == '' or its_status == status then  -- otherwise it is a stray, or was cancelled
+            job[1] = ids[shown]
+            jobs[#jobs + 1] = job
           end
         end
         local next = shown < #ids and ids[shown] .. '.' .. numbers[shown] or ''
@@ -1217,9 +1216,8 @@ class Store:
 
     async def get(self, job_id: str) -> tuple[str, str] | None:
         """The status of a job and all of it as JSON; None if it is unknown."""
-        values = await self._twice("HMGET", f"{self.prefix}job:{job_id}", *FIELDS)
-        stored = dict(zip(FIELDS, values, strict=True))
-        return (stored["status"] or "", job_json(job_id, stored)) if any(values) else None
+        values = await self._twice("HMGET", f"{self.prefix}job:{job_id}", "status", *FIELDS)
+        return (values[0] or "", job_json(job_id, values[1:])) if any(values) else None
 
     async def page(
         self, status: Status | None, cursor: str, limit: int, most_bytes: int = 1 << 30, cut: int = NO_LIMIT
@@ -1230,8 +1228,8 @@ class Store:
         What is stored in more than `cut` bytes is cut off there, ends in "…", and is shown as a text.
         """
         asked = status or "", cursor, limit, most_bytes, cut
-        following, jobs, counts, oldest = await self._run("page", *asked)
-        found = [job_json(job_id, dict(zip(hash_[::2], hash_[1::2], strict=True))) for job_id, hash_ in jobs]
+        following, jobs, counts, oldest = await self._run("page", *asked, *FIELDS)
+        found = [job_json(job_id, values) for job_id, *values in jobs if any(values)]
         waits = None if oldest < 0 else oldest / 1000
         return Page(following, found, dict(zip(Status, counts, strict=True)), waits)
 
