@@ -790,8 +790,8 @@ local function read(id, ...)  -- fields of a job; none if it was deleted, or its
 end
 
 local function is_stray(id, status, place)
-  local known = {pending = true, processing = true, completed = true, failed = true}
-  if status then return status ~= place and known[status] end
+  if status == place then return false end
+  if status then return ({pending = 1, processing = 1, completed = 1, failed = 1})[status] end
   local fields = redis.pcall('HLEN', P .. 'job:' .. id)
   return type(fields) == 'table' or fields == 0  -- no job; otherwise somebody deleted the status alone
 end
