@@ -25,9 +25,8 @@ The keys stand behind the prefix `{jobqueue}:`, whose braces keep them in one sl
     layout              string       the version of these keys
     wake                channel      a message whenever the queue stops being empty
 
-Read from top to bottom, since each part builds on those above it: Settings, Jobs and Handlers (the words, and
-the work itself), Redis (where Trio meets it), Store (a small Lua script for each transition), Workers (claim,
-run, report), HTTP (three endpoints), and the service, which starts it all and stops it in the right order.
+Read from top to bottom, since each part builds on those above it: Settings, Jobs, Handlers, Redis (where Trio
+meets it), Store (a Lua script for each transition), Workers, HTTP, and the service, which starts all of it.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ log = logging.getLogger("jobqueue")
 REDIS_URL = "redis[s]://[user:password@]host[:port][/db], redis[s]+sentinel://[…]host[:port],…/name[/db] or unix:///path"
 SMTP_URL = "smtp[s]://[user:password@]host[:port]"
 SMTP_PATTERN = r"|smtps?://([^/@?#\s]*@)?(\[[0-9a-f:.]+\]|[^/@?#\s:]+)(:0*[1-9][0-9]*)?"
-# What a text must match, what must take it without an error, and how that is said, without any password.
+# Each text must match a pattern, and a function must take it without an error. Or this is said of it.
 TEXTS: dict[str, tuple[str, Callable[[str], object], str]] = {
     "log_level": ("(?ai)debug|info|warning|error", str, "debug, info, warning or error, not {!r}"),
     "api_token": ("[!-~]*", str, "visible ASCII characters, without spaces"),
@@ -255,13 +254,12 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
     @classmethod
     def read(cls, token: str, values: Sequence[Any]) -> Claim:
         """A claim, from what the script `claim` answered."""
-        held = [token, *values]
         try:
-            return msgspec.convert(held, cls, strict=False)
-        except msgspec.ValidationError as error:
-            place = int(re.sub(r".*\$\[(\d+)].*", r"\1", str(error)))
-            damage = f"its {cls.__struct_fields__[place]} is {held[place] or 'missing'}"
-            return cls(token, held[1], held[2], damage=f"the job is damaged: {damage}")
+            return msgspec.convert([token, *values], cls, strict=False)
+        except msgspec.ValidationError as error:  # whose path is the place of the field, as in "$[5]"
+            place = int(str(error).rpartition("[")[2].partition("]")[0])
+            damage = f"its {cls.__struct_fields__[place]} is {values[place - 1] or 'missing'}"
+            return cls(token, values[0], values[1], damage=f"the job is damaged: {damage}")
 
 
 def to_json(value: Any, most_bytes: float = math.inf) -> str:
@@ -276,39 +274,31 @@ def to_json(value: Any, most_bytes: float = math.inf) -> str:
     return text
 
 
-def _show(name: str, value: str) -> str:
+def _show(name: str, value: str | None) -> str:
     """The JSON of a stored value. One that somebody else has damaged is shown as the text that it is."""
+    if value is None or (name == "traceback" and not value):
+        return "null"
     try:
-        match name:
-            case "traceback" if not value:
-                return "null"
-            case "worker":
-                return _json(value.partition("/")[0])  # the instance, without the number of the worker
-            case "job_type" | "status" | "error" | "traceback":
-                return _json(value)
-            case "created_at" | "due_at" | "started_at" | "finished_at":
-                moment = datetime.fromtimestamp(int(value) / 1000, UTC)
-                return f'"{moment.isoformat(timespec="milliseconds")[:-6]}Z"'
-            case _:  # JSON already: untouched, however deep it is and whatever numbers it holds
-                _check_json(value)
-                return value
+        if name.endswith("_at"):
+            moment = datetime.fromtimestamp(int(value) / 1000, UTC)
+            return f'"{moment.isoformat(timespec="milliseconds")[:-6]}Z"'
+        if name not in ("job_type", "status", "worker", "error", "traceback"):
+            _check_json(value)  # and leave it as it is, however deep, and whatever numbers it holds
+            return value
     except (ValueError, OverflowError, RecursionError):
         return _json(value)
+    return _json(value.partition("/")[0] if name == "worker" else value)  # of a worker, its instance alone
 
 
 def job_json(job_id: str, values: Iterable[str | None]) -> str:
     """The JSON of a job, from its stored values in the order of FIELDS; what is not known yet is null."""
-    stored = zip(FIELDS, values, strict=True)
-    shown = [f'"{name}": {"null" if value is None else _show(name, value)}' for name, value in stored]
+    shown = [f'"{name}": {_show(name, value)}' for name, value in zip(FIELDS, values, strict=True)]
     return f'{{"id": {_json(job_id)}, {", ".join(shown)}}}'
 
 
 def backoff(attempt: int, first: float, jitter: Callable[[], float] = random.random) -> float:
-    """Seconds to wait after a failed `attempt` (1, 2, …) before the next: `first`, doubled each time, capped.
-
-    Up to half of it is taken off at random, so that jobs which failed together do not return together
-    ("equal jitter", AWS Architecture Blog, *Exponential Backoff And Jitter*, 2015).
-    """
+    """Seconds to wait after a failed `attempt` (1, 2, …): `first`, doubled each time, capped, jittered."""
+    # "Equal jitter" takes off up to half (AWS Architecture Blog, 2015): what failed together returns apart.
     return min(BACKOFF_CAP_SECONDS, math.ldexp(first, attempt - 1)) * (1 - jitter() / 2)
 
 
