@@ -307,6 +307,7 @@ def backoff(attempt: int, first: float, jitter: Callable[[], float] = random.ran
 Function = TypeVar("Function", bound=Callable[..., Any])
 HANDLERS: dict[str, Handler] = {}
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+MISFITS = {"Object missing required": "is missing", "Object contains unknown": "is not one of the fields"}
 PAGE_FORMATS = {datetime: "date-time", dt.time: "partial-time"}  # msgspec gives them only with a time zone
 SMTP_SECONDS = 20.0  # longest wait for an SMTP server
 _attempt: ContextVar[Attempt] = ContextVar("_attempt")  # of the handler that runs here, or in this thread
@@ -350,7 +351,7 @@ def progress(done: float, note: str = "") -> None:
         attempt.progress = _json({"done": round(float(done), 4), "note": text})
 
 
-def explain(error: Exception, root: str, names: Iterable[str], choices: Mapping[str, str] = {}) -> str:
+def explain(error: Exception, root: str, names: Iterable[str], kinds: Mapping[str, Any] = {}) -> str:
     """What is wrong with a JSON text, and where: `payload.ns[0]: expected int, got str`."""
     if isinstance(error, UnicodeDecodeError):
         return f"{root} is not UTF-8: {error.reason} at byte {error.start}"
@@ -359,13 +360,28 @@ def explain(error: Exception, root: str, names: Iterable[str], choices: Mapping[
     if not isinstance(error, msgspec.ValidationError):
         return f"{root} is not JSON: {error}"
     what, _, path = str(error).replace("`", "").partition(" - at $")
-    if name := re.fullmatch("Object (missing required|contains unknown) field (.*)", what):
-        verb = "is missing" if name[1].startswith("m") else "is not one of the fields"
-        fields = "" if path else f"; they are: {', '.join(names) or 'none'}"
-        return f"{root}{path}.{name[2][:80]} {verb}{fields}"
+    misfit, _, name = what.partition(" field ")
+    if misfit in MISFITS:
+        known = "" if path else f"; they are: {', '.join(names) or 'none'}"
+        return f"{root}{path}.{name[:80]} {MISFITS[misfit]}{known}"
     if what.startswith("Invalid enum value") and (parameter := re.match(r"\.(\w+)", path)):
-        what += f"; it must be one of: {choices[parameter[1]]}"
+        enums = re.findall(r"'enum': \[(.*?)\][,}]", str(msgspec.json.schema(kinds[parameter[1]])))
+        what += f"; it must be one of: {' or '.join(enums)}"
     return f"{root}{path}: {what[0].lower()}{what[1:]}"
+
+
+def _struct_field(job_type: str, each: inspect.Parameter) -> tuple[str, Any, Any]:
+    """A parameter as a field of the struct that reads payloads. TypeError if no JSON object can fill it."""
+    if each.kind not in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
+        raise TypeError(f"the handler of {job_type!r} must have named parameters only")
+    kind = Any if each.annotation is each.empty else each.annotation
+    try:
+        msgspec.json.schema(kind)
+    except Exception:  # as NameError, for what is declared elsewhere
+        raise TypeError(f"no JSON can fill {each.name!r} of the handler of {job_type!r}: {kind}") from None
+    # Each attempt gets a copy: what one handler appends to a list, the next one must not find in it.
+    factory: Any = msgspec.NODEFAULT if each.default is each.empty else partial(copy.deepcopy, each.default)
+    return each.name, kind, msgspec.field(default_factory=factory)
 
 
 class Handler:
@@ -375,48 +391,34 @@ class Handler:
         self.function = function
         self.doc = (inspect.getdoc(function) or "").partition("\n")[0]
         self.is_async = inspect.iscoroutinefunction(function)
-        self._choices: dict[str, str] = {}  # the values of all enums in a parameter
-        parameters = inspect.signature(function, eval_str=True).parameters
-        struct_fields: list[Any] = []
-        for name, each in parameters.items():
-            kind = Any if each.annotation is each.empty else each.annotation
-            if each.kind not in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
-                raise TypeError(f"the handler of {job_type!r} must have named parameters only")
-            try:
-                enums = re.findall(r"'enum': \[(.*?)\][,}]", str(msgspec.json.schema(kind)))
-            except Exception:  # as NameError, for what is declared elsewhere
-                raise TypeError(f"no JSON can fill {name!r} of the handler of {job_type!r}: {kind}") from None
-            self._choices[name] = " or ".join(enums)
-            default = msgspec.field(default_factory=partial(copy.deepcopy, each.default))
-            struct_fields.append((name, kind) if each.default is each.empty else (name, kind, default))
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+        struct_fields = [_struct_field(job_type, each) for each in parameters]
+        self._kinds = {name: kind for name, kind, _ in struct_fields}
         struct = msgspec.defstruct(job_type, struct_fields, kw_only=True, forbid_unknown_fields=True)
         self._decode = msgspec.json.Decoder(struct).decode
-        self.schema = msgspec.json.schema(struct)  # JSON Schema of the payload, with the defaults
-        self.schema |= self.schema["$defs"].pop(self.schema.pop("$ref").rpartition("/")[2])
-        for name, each in parameters.items():
+        [reference], schemas = msgspec.json.schema_components([struct])
+        self.schema = schemas.pop(reference["$ref"].rpartition("/")[2]) | {"$defs": schemas}  # of the payload
+        for each, shown in zip(parameters, self.schema["properties"].values(), strict=True):  # by the page
             if each.annotation in PAGE_FORMATS:
-                self.schema["properties"][name]["format"] = PAGE_FORMATS[each.annotation]
+                shown["format"] = PAGE_FORMATS[each.annotation]
             with suppress(ValueError):  # there is no default, or it is not JSON
-                self.schema["properties"][name]["default"] = json.loads(to_json(each.default))
+                shown["default"] = json.loads(to_json(each.default))
 
     def read(self, payload: str) -> dict[str, Any]:
         """The arguments in a payload, of the types in the signature. ValueError names what is wrong."""
         try:
             return msgspec.structs.asdict(self._decode(payload))
         except (ValueError, RecursionError) as error:
-            raise ValueError(explain(error, "payload", self._choices, self._choices)) from None
+            raise ValueError(explain(error, "payload", self._kinds, self._kinds)) from None
 
     async def __call__(self, arguments: Mapping[str, Any]) -> Any:
-        """Run the function: in this task if it is `async def`, in a thread if it is `def`.
-
-        A thread cannot be interrupted: a cancelled call goes on until the thread ends. The function may ask
-        whether it should end: `trio.from_thread.check_cancelled()`.
-        """
+        """Run the function: in this task if it is `async def`, in a thread if it is `def`."""
         if self.is_async:
             return await self.function(**arguments)
-        # Its own limiter, since there are as many threads as workers, and no others that could be waited for.
-        limiter = trio.CapacityLimiter(1)
-        return await trio.to_thread.run_sync(partial(self.function, **arguments), limiter=limiter)
+        # A thread cannot be interrupted: a cancelled call goes on until the thread ends. The function may ask
+        # `trio.from_thread.check_cancelled()`. As many threads as workers run: no limit may hold one back.
+        call = partial(self.function, **arguments)
+        return await trio.to_thread.run_sync(call, limiter=trio.CapacityLimiter(1))
 
 
 def handler(job_type: str) -> Callable[[Function], Function]:
