@@ -64,7 +64,7 @@ from email.message import EmailMessage
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
-from urllib.parse import unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, unquote, urlencode, urlsplit
 from weakref import WeakValueDictionary
 
 import h11
@@ -445,12 +445,20 @@ async def email(to: str, subject: str, body: str) -> None:
     await trio.sleep(1)
 
 
+def _log_in(server: smtplib.SMTP, url: SplitResult, tls: ssl.SSLContext) -> None:
+    """Encrypt the connection if the server offers it, and log in if the URL has a user."""
+    server.ehlo()
+    if server.has_extn("starttls"):
+        server.starttls(context=tls)
+    if url.username:
+        if not isinstance(server.sock, ssl.SSLSocket) and url.hostname not in LOOPBACK:
+            raise smtplib.SMTPNotSupportedError("the password would go over an unencrypted connection")
+        server.login(unquote(url.username), unquote(url.password or ""))
+
+
 def send_email_through(url: str, sender: str) -> None:
     """Make the handler of `email` a real one, which sends through the SMTP server at `url`."""
-    parts = urlsplit(url)
-    host, port = parts.hostname or "", parts.port or 0  # 0: the usual one
-    user, password = unquote(parts.username or ""), unquote(parts.password or "")
-    tls = ssl.create_default_context()
+    parts, tls = urlsplit(url), ssl.create_default_context()
     connect: Any = partial(smtplib.SMTP_SSL, context=tls) if parts.scheme == "smtps" else smtplib.SMTP
 
     @handler("email")
@@ -461,17 +469,11 @@ def send_email_through(url: str, sender: str) -> None:
         if any(re.search(r"[\r\n]", str(value)) for value in message.values()):  # in an encoded word
             raise ValueError("a header may not contain linefeed or carriage return characters")
         message.set_content(body)
-        with connect(host, port, timeout=SMTP_SECONDS) as server:
-            server.ehlo()
-            if server.has_extn("starttls"):
-                server.starttls(context=tls)
-            elif user and parts.scheme == "smtp" and host not in LOOPBACK:
-                raise smtplib.SMTPNotSupportedError("the password would go over an unencrypted connection")
-            if user:
-                server.login(user, password)
+        with connect(parts.hostname, parts.port or 0, timeout=SMTP_SECONDS) as server:  # 0: the usual port
+            _log_in(server, parts, tls)
             try:
                 refused = server.send_message(message)
-            except smtplib.SMTPRecipientsRefused as error:
+            except smtplib.SMTPRecipientsRefused as error:  # all of them
                 if all(code >= 500 for code, _ in error.recipients.values()):
                     raise Unrecoverable(str(error)) from None
                 raise
