@@ -111,7 +111,7 @@ log = logging.getLogger("jobqueue")
 REDIS_URL = "redis[s]://[user:password@]host[:port][/db], redis[s]+sentinel://[…]host[:port],…/name[/db] or unix:///path"
 SMTP_URL = "smtp[s]://[user:password@]host[:port]"
 SMTP_PATTERN = r"|smtps?://([^/@?#\s]*@)?(\[[0-9a-f:.]+\]|[^/@?#\s:]+)(:0*[1-9][0-9]*)?"
-# Each text must match a pattern, and a function must take it without an error. Or this is said of it.
+# Each text matches the pattern, and the function takes it; or this is said, which never shows a password.
 TEXTS: dict[str, tuple[str, Callable[[str], object], str]] = {
     "log_level": ("(?ai)debug|info|warning|error", str, "debug, info, warning or error, not {!r}"),
     "api_token": ("[!-~]*", str, "visible ASCII characters, without spaces"),
