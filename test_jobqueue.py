@@ -1272,6 +1272,7 @@ async def run_pool(bench: Bench, nursery: trio.Nursery, workers: int = 1, **sett
     nursery.start_soon(jobqueue.heartbeat, pool)
     nursery.start_soon(jobqueue.sweep, pool)
     nursery.start_soon(jobqueue.watch_handlers, pool)
+    nursery.start_soon(jobqueue.leave_behind, pool)
     await wait_all_tasks_blocked()
     return pool
 
