@@ -1279,8 +1279,7 @@ FEW = 6  # instances, about, that answer a message; if none does (0.3 %), the ne
 EXIT_SECONDS = 0.8  # after the end of the grace, until the process ends in any case
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked for a sign of life
-# The frames of a traceback that come before the handler's own.
-OUR_FRAMES = ("run_handler", "Handler.__call__", "to_thread_run_sync", "Error.unwrap")
+OUR_FRAMES = ("run_handler", "Handler.__call__", "to_thread_run_sync", "Error.unwrap")  # above a handler's
 
 
 class Notifier:
@@ -1384,13 +1383,11 @@ def leaves(error: BaseException) -> list[BaseException]:
 
 def describe(error: BaseException) -> str:
     """An error in one line, as `ValueError: no`; or those in a group."""
-    texts = []
-    for each in leaves(error):
-        try:
-            texts.append("".join(traceback.format_exception_only(each)).strip())
-        except BaseException:  # its own __str__ may raise anything
-            texts.append(f"{type(each).__name__}, which cannot be shown")
-    return "; ".join(texts)[:2000].encode(errors="backslashreplace").decode()
+    try:
+        text = "; ".join("".join(traceback.format_exception_only(each)).strip() for each in leaves(error))
+    except BaseException:  # an error may have code of its own that shows it, and this may raise anything
+        text = f"{type(error).__name__}, which cannot be shown"
+    return text[:2000].encode(errors="backslashreplace").decode()
 
 
 def trace(error: BaseException) -> str:
@@ -1409,8 +1406,7 @@ def trace(error: BaseException) -> str:
 
 async def run_handler(attempt: Attempt, most_bytes: int) -> Report:
     """What to report of a job, if that depends on its handler alone."""
-    claim = attempt.claim
-    handler = HANDLERS[claim.job_type]
+    claim, handler = attempt.claim, HANDLERS[attempt.claim.job_type]
     try:
         with attempt.scope:  # inside the `try`: Trio raises here when a handler left a scope of its own open
             return Report(claim, "complete", to_json(await handler(handler.read(claim.payload)), most_bytes))
@@ -1423,7 +1419,7 @@ async def run_handler(attempt: Attempt, most_bytes: int) -> Report:
 
 
 def judge(pool: WorkerPool, attempt: Attempt, report: Report) -> tuple[Report | None, str, str]:
-    """What to report now, nothing if the lease was lost; how the attempt ended, and why, for the log."""
+    """The report to make, none if the lease was lost; how the attempt ended, and why, for the log."""
     claim, is_cut_off, error = attempt.claim, attempt.scope.cancel_called, report.text
     if attempt.lost:
         return None, "cancelled", ": on request, or its lease was lost"
@@ -1444,8 +1440,7 @@ def judge(pool: WorkerPool, attempt: Attempt, report: Report) -> tuple[Report | 
 async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
     """Run a job once, and say what to report of it; nothing if its lease was lost meanwhile."""
     begun, name, number = trio.current_time(), claim.job_type, claim.attempts
-    attempt = Attempt(claim, trio.CancelScope(deadline=begun + claim.timeout))
-    pool.attempts[claim.token] = attempt
+    attempt = pool.attempts[claim.token] = Attempt(claim, trio.CancelScope(deadline=begun + claim.timeout))
     pool.recent_types.add(name)
     in_context = _attempt.set(attempt)
     log.info("%s, attempt %d of %d", name, number, claim.max_retries + 1)
@@ -1456,7 +1451,7 @@ async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
     log.log(level, "%s, attempt %d, %s after %.3f s%s", name, number, end, took, why)
     if ended.traceback:
         log.debug("the traceback:\n%s", ended.traceback)
-    _attempt.reset(in_context)
+    _attempt.reset(in_context)  # last: all of the above names the job in the log
     return report._replace(progress=attempt.progress) if report and attempt.progress else report
 
 
@@ -1474,43 +1469,38 @@ def decline(pool: WorkerPool, claim: Claim) -> Report | None:
     return Report(claim, "defer", delay=UNKNOWN_TYPE_SECONDS)  # as while a new version is being deployed
 
 
-async def run_in_task(function: Callable[[], Awaitable[None]]) -> None:
-    """Run a function in a task of its own. The nurseries that it leaves open end with that task."""
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(function)
-            [task] = nursery.child_tasks
-    except* RuntimeError:  # from Trio, for a task that ends with an open nursery
-        if not task.child_nurseries:
-            raise
+async def run_jobs(pool: WorkerPool, worker: str) -> None:
+    """Claim, run and report, until the pool is stopping, or a handler left something behind in this task."""
+    task, clean, report = trio.lowlevel.current_task(), copy_context(), None
+    while not (pool.stopping.is_set() or task.child_nurseries or copy_context() != clean):
+        seen = pool.notifier.count  # before the claim: a job that comes after it ends the wait below
+        claim = await pool.tell_redis(report, f"{worker}:{next(pool.numbers)}")
+        report = None
+        if claim:
+            pool.notifier.notify(claim.behind)
+            report = decline(pool, claim) or await run_attempt(pool, claim)
+        else:
+            await pool.notifier.wait(seen)
+    if report:
+        await pool.tell_redis(report, "")  # without a token, since this task may claim nothing more
 
 
 async def work(pool: WorkerPool) -> None:
-    """A worker: claim, run and report, until the pool is stopping.
+    """A worker, until the pool is stopping.
 
     A handler can leave something behind in its task, such as a context variable or an open nursery. Then that
     task ends before it meets the next job, and a fresh one goes on. (One for each attempt halves the speed.)
     """
-    worker, report = f"{pool.instance}:{next(pool.numbers)}", cast(Report | None, None)
-
-    async def run_jobs() -> None:
-        nonlocal report
-        task, clean = trio.lowlevel.current_task(), copy_context()
-        while not (pool.stopping.is_set() or task.child_nurseries or copy_context() != clean):
-            seen = pool.notifier.count  # before the claim: a job that comes after it ends the wait below
-            claim = await pool.tell_redis(report, f"{worker}:{next(pool.numbers)}")
-            report = None
-            if claim:
-                pool.notifier.notify(claim.behind)
-                report = decline(pool, claim) or await run_attempt(pool, claim)
-            else:
-                await pool.notifier.wait(seen)
-
+    worker = f"{pool.instance}:{next(pool.numbers)}"
     await pool.opened.wait()
     while not pool.stopping.is_set():
-        await run_in_task(run_jobs)
-    if report:
-        await pool.tell_redis(report, "")  # without a token, since nothing more is claimed
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run_jobs, pool, worker)
+                [task] = nursery.child_tasks
+        except* RuntimeError:  # from Trio, for a task that ends with an open nursery
+            if not task.child_nurseries:
+                raise
 
 
 async def renew_leases(pool: WorkerPool, lease: float) -> int:
@@ -1535,14 +1525,13 @@ async def heartbeat(pool: WorkerPool) -> None:
         is_time = trio.current_time() >= renew_at
         try:
             now = await renew_leases(pool, lease if is_time else 0)
-        except redis.RedisError as error:
-            pool.refused(error)
-            calm_at = math.inf  # others were cut off too, and must have time to renew theirs
-        else:
+            renew_at = trio.current_time() + lease / 5 if is_time else renew_at
             calm_at = min(calm_at, trio.current_time() + CALM_SECONDS)
             if trio.current_time() >= calm_at:
                 pool.end_leases_by = now + _milliseconds(2 * TICK_SECONDS)
-            renew_at = trio.current_time() + lease / 5 if is_time else renew_at
+        except redis.RedisError as error:
+            pool.refused(error)
+            calm_at = math.inf  # others were cut off too, and must have time to renew theirs
         await trio.sleep(min(TICK_SECONDS, lease / 5))
 
 
@@ -1661,12 +1650,10 @@ async def inspect_redis(pool: WorkerPool) -> None:
             await open_pool(pool)
             await warn_of_redis(pool)
             return
-        except redis.ResponseError as error:  # to go on could mean to write to keys of another layout
-            if not was_refused:
+        except redis.RedisError as error:  # that Redis is away is for the pipeline to say
+            if isinstance(error, redis.ResponseError) and not was_refused:
                 log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
-            was_refused = True
-        except redis.RedisError:
-            pass  # the pipeline says that Redis is away
+                was_refused = True
         await trio.sleep(AGAIN_SECONDS)
 
 
