@@ -1575,10 +1575,7 @@ async def watch_handlers(pool: WorkerPool) -> None:
 
 
 def end_process(pool: WorkerPool, seconds: float) -> None:
-    """End this process in so many seconds, if it did not by itself.
-
-    A handler that blocks the event loop, or a thread, holds its worker. What they hold is safe: leases end.
-    """
+    """End this process in so many seconds, whatever holds it then; the jobs are safe, since leases end."""
     timer = threading.Timer(seconds, lambda: os._exit(pool.crashed))
     timer.daemon = True
     timer.start()
