@@ -1499,6 +1499,27 @@ async def test_of_many_instances_that_hear_of_a_job_only_a_few_come_for_it(
     nursery.cancel_scope.cancel()
 
 
+async def test_after_a_silence_a_listener_subscribes_again_to_see_whether_redis_is_there(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    class Silent:
+        async def exchange(self, _: Any) -> list[Any]:
+            subscribed_at.append(trio.current_time())
+            return [["subscribe", "wake", 1]]
+
+        async def message(self) -> Any:
+            await trio.sleep(10 if len(subscribed_at) == 1 and trio.current_time() < 20 else math.inf)
+            return ["message", "wake", "1"]
+
+    subscribed_at: list[float] = []
+    pool = WorkerPool(Store(AutoPipeline()), Settings())
+    nursery.start_soon(jobqueue.listen, typing.cast(Any, Silent()), pool)
+    await trio.sleep(40)
+    assert subscribed_at == [0, 20 + jobqueue.SILENCE_SECONDS]  # each message puts it off
+    assert pool.notifier.count == 2
+    nursery.cancel_scope.cancel()
+
+
 async def test_what_a_handler_raises_beside_its_cancellation_stops_no_worker(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register
 ) -> None:
