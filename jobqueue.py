@@ -1273,8 +1273,7 @@ FEW = 6  # instances, about, that answer a message; if none does (0.3 %), the ne
 EXIT_SECONDS = 0.8  # after the end of the grace, until the process ends in any case
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked for a sign of life
-# The frames of a traceback that come before the handler's own.
-OUR_FRAMES = ("run_handler", "Handler.__call__", "to_thread_run_sync", "Error.unwrap")
+OUR_FRAMES = ("run_handler", "Handler.__call__", "to_thread_run_sync", "Error.unwrap")  # above a handler's
 
 
 class Notifier:
@@ -1310,26 +1309,22 @@ class WorkerPool:
         self.settings = settings
         self.notifier = Notifier()
         self.stopping = trio.Event()  # set at shutdown: nothing more is claimed
-        self.grace = trio.CancelScope()  # at its deadline whatever still runs is cancelled
-        self.requests = trio.CancelScope()  # around all that serve HTTP, with the same deadline
+        self.grace = trio.CancelScope()  # at its deadline `leave_behind` cancels whatever still runs
+        self.requests = trio.CancelScope()  # around all that serve HTTP
         self.crashed = False  # whether a task failed: the exit status
         self.instance = f"{socket.gethostname()}:{os.getpid()}/{secrets.token_hex(6)}"
         self.opened = trio.Event()  # set when the keys in Redis are known to be ours, or at shutdown
         self.numbers = itertools.count(1)  # of workers, and of claims
         self.attempts: dict[str, Attempt] = {}  # by fencing token
-        self.recent_types: set[str] = set()  # of the attempts that ended in the last tick
+        self.recent_types: set[str] = set()  # of the attempts since the last tick
         self.unknown_types: set[str] = set()  # that were logged already
         self.waiters: WeakValueDictionary[str, trio.Event] = WeakValueDictionary()  # by the id of the job
-        self.calls_failed = False  # of workers, which wait for a sweep that succeeds
         self.end_leases_by = 0  # Redis's time, in milliseconds; after it a sweep leaves leases alone
         self.quiet_until = -math.inf  # about refusals
 
     def stop(self, grace: float) -> None:
         """Claim nothing more, and cancel in `grace` seconds what still runs then."""
-        deadline = min(self.grace.deadline, trio.current_time() + grace)
-        self.grace.deadline = self.requests.deadline = deadline
-        for attempt in self.attempts.values():
-            attempt.scope.deadline = min(attempt.scope.deadline, deadline)
+        self.grace.deadline = min(self.grace.deadline, trio.current_time() + grace)
         self.stopping.set()
         self.opened.set()
         self.notifier.notify()
@@ -1337,7 +1332,7 @@ class WorkerPool:
 
     def answer_waiters(self, job_ids: Iterable[str]) -> None:
         """Wake the requests that wait for one of these jobs to finish."""
-        for job_id in job_ids if self.waiters else ():
+        for job_id in job_ids:
             if (event := self.waiters.get(job_id)) is not None:
                 event.set()
 
@@ -1347,64 +1342,46 @@ class WorkerPool:
             self.quiet_until = trio.current_time() + QUIET_SECONDS
             log.error("Redis refused: %s", error)
 
-    async def next(self, worker: str, report: Report | None) -> Claim | None:
-        """Report on the last job, until Redis has it, and claim another; None when the pool is stopping."""
-        token = ""  # of a claim that has no reply yet: it is made again with the same one
-        while report or token or not self.stopping.is_set():
-            seen = self.notifier.count  # before the claim: what is submitted after it ends the wait below
-            if not self.stopping.is_set():
-                token = token or f"{worker}:{next(self.numbers)}"
-            try:
-                accepted, claim = await self.store.report_and_claim(
-                    report, token, self.settings.lease_seconds
-                )
+    async def tell_redis(self, report: Report | None, token: str) -> Claim | None:
+        """Report on the last job and claim another, again and again until Redis answers; the job, if any.
+
+        When the pool is stopping, a claim is given up once it fails, a report at the end of the grace.
+        """
+        lease = self.settings.lease_seconds
+        while True:
+            try:  # with the same token each time: if a reply was lost, the next one has the same job
+                accepted, claim = await self.store.report_and_claim(report, token, lease)
+                break
             except redis.RedisError as error:
                 self.refused(error)
-                if self.stopping.is_set() and not report:
-                    return None
-                if report and trio.current_time() >= self.grace.deadline:
+            if self.stopping.is_set() and (not report or trio.current_time() >= self.grace.deadline):
+                if report:
                     log.warning("job %s: its report may be lost; then it runs again", report.claim.id)
-                    return None
-                self.calls_failed = True
-                with trio.move_on_at(self.grace.deadline):
-                    await self.notifier.wait(seen)  # for the first sweep that succeeds
-                continue
-            if report and not accepted:
-                log.warning("job %s: report refused: too late, or sent twice", report.claim.id)
-            elif report and report.transition in ("complete", "fail"):
-                self.answer_waiters([report.claim.id])
-            report, token = None, ""
-            if claim and self.stopping.is_set():
-                report = Report(claim, "fail", claim.damage) if claim.damage else Report(claim, "release")
-            elif claim:
-                self.notifier.notify(claim.behind)
-                return claim
-            elif not self.stopping.is_set():  # later there are no more notifications
-                await self.notifier.wait(seen)
-        return None
+                return None
+            await trio.sleep(AGAIN_SECONDS)
+        if report and not accepted:
+            log.warning("job %s: report refused: too late, or sent twice", report.claim.id)
+        elif report and report.transition in ("complete", "fail"):
+            self.answer_waiters([report.claim.id])
+        return claim
 
 
 def leaves(error: BaseException) -> list[BaseException]:
     """An error, or the first few of those in a group."""
-    pending, found = [error], list[BaseException]()
-    while pending and len(found) < 5:  # a loop: groups may be nested deeper than Python's stack
-        each = pending.pop()
+    found = [error]
+    for each in found:  # which grows meanwhile: groups may be nested deeper than Python's stack
         if isinstance(each, BaseExceptionGroup):
-            pending.extend(reversed(each.exceptions))
-        else:
-            found.append(each)
-    return found
+            found += each.exceptions
+    return [each for each in found if not isinstance(each, BaseExceptionGroup)][:5]
 
 
 def describe(error: BaseException) -> str:
     """An error in one line, as `ValueError: no`; or those in a group."""
-    texts = []
-    for each in leaves(error):
-        try:
-            texts.append("".join(traceback.format_exception_only(each)).strip())
-        except BaseException:  # its own __str__ may raise anything
-            texts.append(f"{type(each).__name__}, which cannot be shown")
-    return "; ".join(texts)[:2000].encode(errors="backslashreplace").decode()
+    try:
+        text = "; ".join("".join(traceback.format_exception_only(each)).strip() for each in leaves(error))
+    except BaseException:  # an error may have code of its own that shows it, and this may raise anything
+        text = f"{type(error).__name__}, which cannot be shown"
+    return text[:2000].encode(errors="backslashreplace").decode()
 
 
 def trace(error: BaseException) -> str:
@@ -1421,108 +1398,102 @@ def trace(error: BaseException) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-class Failure(NamedTuple):
-    """How a handler ended without a result: what it raised, or nothing if it was cancelled."""
-
-    error: str = ""
-    traceback: str = ""
-    is_final: bool = False
-
-
-async def run_handler(attempt: Attempt, most_bytes: int) -> str | Failure:
-    """The result of a job's handler, as JSON; or its failure."""
-    handler = HANDLERS[attempt.claim.job_type]
+async def run_handler(attempt: Attempt, most_bytes: int) -> Report:
+    """What to report of a job, if that depends on its handler alone."""
+    claim, handler = attempt.claim, HANDLERS[attempt.claim.job_type]
     try:
         with attempt.scope:  # inside the `try`: Trio raises here when a handler left a scope of its own open
-            return to_json(await handler(handler.read(attempt.claim.payload)), most_bytes)
+            return Report(claim, "complete", to_json(await handler(handler.read(claim.payload)), most_bytes))
     except BaseException as raised:  # here, and nowhere else: a handler may raise anything
         if trio.current_effective_deadline() == -math.inf:  # not the handler: all tasks are being cancelled
             raise
         is_final = any(isinstance(each, Unrecoverable) for each in leaves(raised))
-        return Failure(describe(raised), trace(raised), is_final)
-    return Failure()
+        return Report(claim, "fail" if is_final else "retry", describe(raised), trace(raised))
+    return Report(claim, "retry")  # it was cancelled
 
 
-def judge(pool: WorkerPool, attempt: Attempt, result: str | Failure) -> tuple[Report | None, str, str]:
-    """What to report of an attempt, nothing if its lease was lost; how it ended, and why, for the log."""
-    claim, is_cut_off = attempt.claim, attempt.scope.cancel_called
+def judge(pool: WorkerPool, attempt: Attempt, report: Report) -> tuple[Report | None, str, str]:
+    """The report to make, none if the lease was lost; how the attempt ended, and why, for the log."""
+    claim, is_cut_off, error = attempt.claim, attempt.scope.cancel_called, report.text
     if attempt.lost:
         return None, "cancelled", ": on request, or its lease was lost"
-    if isinstance(result, str):  # also when it comes late
-        return Report(claim, "complete", result), "completed", ""
+    if report.transition == "complete":  # also when it comes late
+        return report, "completed", ""
     if attempt.cancelled:
         return Report(claim, "fail", "cancelled"), "cancelled", ": on request"
     if is_cut_off and trio.current_time() >= pool.grace.deadline:
         return Report(claim, "release"), "released", " by the shutdown"
-    error = result.error
     if is_cut_off:
         error = f"timed out after {claim.timeout:g} s" + (f"; {error}" if error else "")
-    if result.is_final or claim.attempts > claim.max_retries:
-        return Report(claim, "fail", error, result.traceback), "failed for good", f": {error}"
+    if report.transition == "fail" or claim.attempts > claim.max_retries:
+        return report._replace(transition="fail", text=error), "failed for good", f": {error}"
     delay = backoff(claim.attempts, pool.settings.retry_delay_seconds)
-    report = Report(claim, "retry", error, result.traceback, delay)
-    return report, "failed", f", again in {delay:.1f} s: {error}"
+    return report._replace(text=error, delay=delay), "failed", f", again in {delay:.1f} s: {error}"
 
 
 async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
     """Run a job once, and say what to report of it; nothing if its lease was lost meanwhile."""
     begun, name, number = trio.current_time(), claim.job_type, claim.attempts
-    scope = trio.CancelScope(deadline=min(begun + claim.timeout, pool.grace.deadline))
-    attempt = pool.attempts[claim.token] = Attempt(claim, scope)
+    attempt = pool.attempts[claim.token] = Attempt(claim, trio.CancelScope(deadline=begun + claim.timeout))
+    pool.recent_types.add(name)
     in_context = _attempt.set(attempt)
     log.info("%s, attempt %d of %d", name, number, claim.max_retries + 1)
-    try:
-        result = await run_handler(attempt, pool.settings.max_body_bytes)
-    finally:
-        del pool.attempts[claim.token]
-        pool.recent_types.add(name)
-    report, end, why = judge(pool, attempt, result)
+    ended = await run_handler(attempt, pool.settings.max_body_bytes)
+    del pool.attempts[claim.token]
+    report, end, why = judge(pool, attempt, ended)
     level, took = logging.INFO if end == "completed" else logging.WARNING, trio.current_time() - begun
     log.log(level, "%s, attempt %d, %s after %.3f s%s", name, number, end, took, why)
-    if isinstance(result, Failure) and result.traceback:
-        log.debug("the traceback:\n%s", result.traceback)
-    _attempt.reset(in_context)
+    if ended.traceback:
+        log.debug("the traceback:\n%s", ended.traceback)
+    _attempt.reset(in_context)  # last: all of the above names the job in the log
     return report._replace(progress=attempt.progress) if report and attempt.progress else report
 
 
-def defer(pool: WorkerPool, claim: Claim) -> Report:
-    """Leave a job of an unknown type to other instances, as while a new version is being deployed."""
+def decline(pool: WorkerPool, claim: Claim) -> Report | None:
+    """What to report of a job that is not to be run here and now; None if it is to be run."""
+    if claim.damage:
+        return Report(claim, "fail", claim.damage)
+    if pool.stopping.is_set():  # since it was claimed
+        return Report(claim, "release")
+    if claim.job_type in HANDLERS:
+        return None
     if claim.job_type not in pool.unknown_types:
         pool.unknown_types.add(claim.job_type)
         log.warning("%s: this instance has no handler for it; such jobs are left to others", claim.job_type)
-    return Report(claim, "defer", delay=UNKNOWN_TYPE_SECONDS)
+    return Report(claim, "defer", delay=UNKNOWN_TYPE_SECONDS)  # as while a new version is being deployed
+
+
+async def run_jobs(pool: WorkerPool, worker: str) -> None:
+    """Claim, run and report, until the pool is stopping, or a handler left something behind in this task."""
+    task, clean, report = trio.lowlevel.current_task(), copy_context(), None
+    while not (pool.stopping.is_set() or task.child_nurseries or copy_context() != clean):
+        seen = pool.notifier.count  # before the claim: a job that comes after it ends the wait below
+        claim = await pool.tell_redis(report, f"{worker}:{next(pool.numbers)}")
+        report = None
+        if claim:
+            pool.notifier.notify(claim.behind)
+            report = decline(pool, claim) or await run_attempt(pool, claim)
+        else:
+            await pool.notifier.wait(seen)
+    if report:
+        await pool.tell_redis(report, "")  # without a token, since this task may claim nothing more
 
 
 async def work(pool: WorkerPool) -> None:
-    """A worker: claim, run and report, until the pool is stopping.
+    """A worker, until the pool is stopping.
 
     A handler can leave something behind in its task, such as a context variable or an open nursery. Then that
     task ends before it meets the next job, and a fresh one goes on. (One for each attempt halves the speed.)
     """
-    worker, report, stopped, is_spoilt = f"{pool.instance}:{next(pool.numbers)}", None, False, False
-
-    async def run_jobs() -> None:
-        nonlocal report, stopped, is_spoilt
-        task, clean = trio.lowlevel.current_task(), copy_context()
-        while claim := await pool.next(worker, report):
-            if claim.damage:
-                report = Report(claim, "fail", claim.damage)
-            elif claim.job_type in HANDLERS:
-                report = await run_attempt(pool, claim)
-            else:
-                report = defer(pool, claim)
-            is_spoilt = bool(task.child_nurseries)
-            if is_spoilt or copy_context() != clean:
-                return
-        stopped = True
-
+    worker = f"{pool.instance}:{next(pool.numbers)}"
     await pool.opened.wait()
-    while not stopped:
+    while not pool.stopping.is_set():
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(run_jobs)
+                nursery.start_soon(run_jobs, pool, worker)
+                [task] = nursery.child_tasks
         except* RuntimeError:  # from Trio, for a task that ends with an open nursery
-            if not is_spoilt:
+            if not task.child_nurseries:
                 raise
 
 
@@ -1548,35 +1519,32 @@ async def heartbeat(pool: WorkerPool) -> None:
         is_time = trio.current_time() >= renew_at
         try:
             now = await renew_leases(pool, lease if is_time else 0)
-        except redis.RedisError as error:
-            pool.refused(error)
-            calm_at = math.inf  # others were cut off too, and must have time to renew theirs
-        else:
+            renew_at = trio.current_time() + lease / 5 if is_time else renew_at
             calm_at = min(calm_at, trio.current_time() + CALM_SECONDS)
             if trio.current_time() >= calm_at:
                 pool.end_leases_by = now + _milliseconds(2 * TICK_SECONDS)
-            renew_at = trio.current_time() + lease / 5 if is_time else renew_at
+        except redis.RedisError as error:
+            pool.refused(error)
+            calm_at = math.inf  # others were cut off too, and must have time to renew theirs
         await trio.sleep(min(TICK_SECONDS, lease / 5))
 
 
 async def sweep(pool: WorkerPool) -> None:
     """Sweep, twice a second or when a job is due; and look for awaited jobs that other instances finished."""
-    settings = pool.settings
+    limits = pool.settings.retention_seconds, pool.settings.keep_jobs
     await pool.opened.wait()
     while True:
         wait = TICK_SECONDS
         try:
-            found = await pool.store.sweep(settings.retention_seconds, settings.keep_jobs, pool.end_leases_by)
-            finished = await pool.store.finished(list(pool.waiters)) if pool.waiters else []
-        except redis.RedisError as error:
-            pool.refused(error)
-        else:
+            found = await pool.store.sweep(*limits, pool.end_leases_by)
+            wait = min(wait, max(SWEEP_PAUSE_SECONDS, found.wait))
             for ended in found.ended:
                 log.warning("job %s: its worker is gone: %s, attempt %s; now it is %s", *ended)
-            pool.answer_waiters(finished)
-            pool.notifier.notify(math.inf if pool.calls_failed else found.ready)
-            pool.calls_failed = False
-            wait = min(TICK_SECONDS, max(SWEEP_PAUSE_SECONDS, found.wait))
+            pool.notifier.notify(found.ready)
+            if pool.waiters:
+                pool.answer_waiters(await pool.store.finished(list(pool.waiters)))
+        except redis.RedisError as error:
+            pool.refused(error)
         await trio.sleep(wait)
 
 
@@ -1587,13 +1555,12 @@ async def watch_handlers(pool: WorkerPool) -> None:
         await trio.sleep_until(wake_at)
         late = trio.current_time() - wake_at
         if late > pool.settings.lease_seconds / 2:
-            names = ", ".join(pool.recent_types | {each.claim.job_type for each in pool.attempts.values()})
             # A loop that is blocked computes, unless its handler sleeps. A process that was frozen does not.
             is_idle = time.process_time() - computed < late / 10
             why = ", hardly computing: the process was frozen, or a handler slept" if is_idle else ""
-            text = "the event loop stood still for %.1f s%s; handlers that ran: %s"
-            log.error(text, late, why, names or "none")
-        pool.recent_types.clear()
+            names = ", ".join(pool.recent_types) or "none"
+            log.error("the event loop stood still for %.1f s%s; handlers that ran: %s", late, why, names)
+        pool.recent_types = {each.claim.job_type for each in pool.attempts.values()}
         for attempt in pool.attempts.values():
             attempt.overstays += attempt.scope.cancel_called
             if attempt.overstays == 3:
@@ -1602,22 +1569,22 @@ async def watch_handlers(pool: WorkerPool) -> None:
 
 
 def end_process(pool: WorkerPool, seconds: float) -> None:
-    """End this process in so many seconds, if it did not by itself.
-
-    A handler that blocks the event loop, or a thread, holds its worker. What they hold is safe: leases end.
-    """
+    """End this process in so many seconds, whatever holds it then; the jobs are safe, since leases end."""
     timer = threading.Timer(seconds, lambda: os._exit(pool.crashed))
     timer.daemon = True
     timer.start()
 
 
 async def leave_behind(pool: WorkerPool) -> None:
-    """When the grace is over, release what does not end although it is cancelled: threads, above all.
+    """When the grace is over, cancel what still runs, and release what does not end: threads, above all.
 
     Their workers never end, so neither does `serve`: `end_process` does that.
     """
     with pool.grace:
         await trio.sleep_forever()  # a second signal moves the deadline
+    pool.requests.cancel()
+    for attempt in pool.attempts.values():
+        attempt.scope.cancel()
     await trio.sleep(EXIT_SECONDS / 4)  # for what does end
     for claim in [attempt.claim for attempt in pool.attempts.values()]:
         log.warning("job %s: %s is left behind, and the job released", claim.id, claim.job_type)
@@ -1628,24 +1595,22 @@ async def leave_behind(pool: WorkerPool) -> None:
 async def listen(connection: RedisConnection, pool: WorkerPool) -> None:
     """Notify a worker when any instance puts something into the empty queue."""
     while True:
-        pause = AGAIN_SECONDS
         try:
             with trio.fail_after(REPLY_SECONDS):
                 [reply] = await connection.exchange([("SUBSCRIBE", f"{pool.store.prefix}wake")])
-            while not isinstance(reply, redis.ResponseError):
-                with trio.move_on_after(SILENCE_SECONDS) as silence:
-                    reply = await connection.message()
-                    hearing = int(reply[-1]) if re.fullmatch(r"[0-9]{1,9}", str(reply[-1])) else 1
-                    if random.random() * hearing < FEW:
+            if isinstance(reply, redis.ResponseError):
+                pool.refused(reply)  # nothing depends on it: there is the sweep
+            # Subscribe again after a silence: perhaps a firewall forgot the connection, and nobody says so.
+            with trio.move_on_after(SILENCE_SECONDS) as silence:
+                while True:
+                    heard_by = str((await connection.message())[-1])
+                    silence.deadline = trio.current_time() + SILENCE_SECONDS
+                    instances = int(heard_by) if re.fullmatch(r"[0-9]{1,9}", heard_by) else 1
+                    if random.random() * instances < FEW:
                         pool.notifier.notify(1)
-                if silence.cancelled_caught:  # perhaps a firewall forgot the connection, and nobody says so
-                    with trio.fail_after(REPLY_SECONDS):
-                        await connection.ping()
-            pool.refused(reply)
-            pause = QUIET_SECONDS  # nothing depends on it: there is the sweep
         except (redis.RedisError, OSError, trio.TooSlowError):
             connection.hang_up()
-        await trio.sleep(pause)
+            await trio.sleep(AGAIN_SECONDS)
 
 
 async def open_pool(pool: WorkerPool) -> None:
@@ -1653,36 +1618,34 @@ async def open_pool(pool: WorkerPool) -> None:
     layout = await pool.store.layout()
     if layout != LAYOUT:
         log.critical("Redis has jobs of another version: layout %s, and this program's is %s", layout, LAYOUT)
-        pool.crashed = True
-        end_process(pool, 0)
-        await trio.sleep_forever()  # nobody may go on and write to keys that are not ours
+        os._exit(1)  # at once: nobody may go on and write to keys that are not ours
     pool.opened.set()
 
 
-async def inspect_redis(pool: WorkerPool) -> None:
-    """Open the pool once Redis is there, and say then what will not go well with it."""
-    was_refused = False
-    while not pool.opened.is_set():
-        try:
-            await open_pool(pool)
-        except redis.ResponseError as error:  # to go on could mean to write to keys of another layout
-            if not was_refused:
-                log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
-            was_refused = True
-        except redis.RedisError:
-            pass  # the pipeline says that Redis is away
-        await trio.sleep(AGAIN_SECONDS)
-    if not pool.settings.redis_url or was_refused:
+async def warn_of_redis(pool: WorkerPool) -> None:
+    """Say what will not go well with this Redis."""
+    if not pool.settings.redis_url:  # the one in memory knows neither
         return
-    try:
-        missing, policy = await pool.store.missing_rights(), await pool.store.eviction_policy()
-    except redis.RedisError as error:
-        log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
-        return
+    policy, missing = await pool.store.eviction_policy(), await pool.store.missing_rights()
     if missing:
         log.error("the Redis user may not run %s; the rights that are needed: %s", ", ".join(missing), RIGHTS)
     if policy not in ("noeviction", ""):
         log.warning("Redis may evict jobs: its maxmemory-policy is %s, and should be noeviction", policy)
+
+
+async def inspect_redis(pool: WorkerPool) -> None:
+    """Open the pool once Redis is there, and look then at what will not go well with it."""
+    was_refused = False
+    while not pool.stopping.is_set():
+        try:
+            await open_pool(pool)
+            await warn_of_redis(pool)
+            return
+        except redis.RedisError as error:  # that Redis is away is for the pipeline to say
+            if isinstance(error, redis.ResponseError) and not was_refused:
+                log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
+                was_refused = True
+        await trio.sleep(AGAIN_SECONDS)
 
 
 # ── HTTP ────────────────────────────────────────────────────────────────────────────────────────

@@ -472,6 +472,21 @@ def test_a_missing_right_is_named_once_at_the_start_with_those_to_give(
     assert program.stop() == 0
 
 
+def test_a_redis_that_refused_at_first_is_looked_at_when_it_no_longer_does(
+    start: Start, own_redis: OwnRedis
+) -> None:
+    server = own_redis()
+    client: Any = server.client
+    client.execute_command(*APP, "-set")
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    program = start(REDIS_URL=as_app(server))
+    eventually(lambda: program.logged("ERROR .*Redis refused: .* the rights that are needed"))
+    client.execute_command("ACL", "SETUSER", "app", "+set", "-zadd")
+    eventually(lambda: program.logged("ERROR .*the Redis user may not run ZADD; the rights that are needed"))
+    eventually(lambda: program.logged("WARNING Redis may evict jobs: its maxmemory-policy is allkeys-lru"))
+    assert program.stop() == 0
+
+
 def test_the_rights_that_are_named_are_enough(start: Start, own_redis: OwnRedis) -> None:
     server = own_redis()
     client: Any = server.client

@@ -1272,6 +1272,7 @@ async def run_pool(bench: Bench, nursery: trio.Nursery, workers: int = 1, **sett
     nursery.start_soon(jobqueue.heartbeat, pool)
     nursery.start_soon(jobqueue.sweep, pool)
     nursery.start_soon(jobqueue.watch_handlers, pool)
+    nursery.start_soon(jobqueue.leave_behind, pool)
     await wait_all_tasks_blocked()
     return pool
 
@@ -1495,6 +1496,27 @@ async def test_of_many_instances_that_hear_of_a_job_only_a_few_come_for_it(
     nursery.start_soon(jobqueue.listen, typing.cast(Any, Heard()), pool)
     await wait_all_tasks_blocked()
     assert pool.notifier.count == (pytest.approx(10, abs=5) if hearing == "600" else 1000)
+    nursery.cancel_scope.cancel()
+
+
+async def test_after_a_silence_a_listener_subscribes_again_to_see_whether_redis_is_there(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    class Silent:
+        async def exchange(self, _: Any) -> list[Any]:
+            subscribed_at.append(trio.current_time())
+            return [["subscribe", "wake", 1]]
+
+        async def message(self) -> Any:
+            await trio.sleep(10 if len(subscribed_at) == 1 and trio.current_time() < 20 else math.inf)
+            return ["message", "wake", "1"]
+
+    subscribed_at: list[float] = []
+    pool = WorkerPool(Store(AutoPipeline()), Settings())
+    nursery.start_soon(jobqueue.listen, typing.cast(Any, Silent()), pool)
+    await trio.sleep(40)
+    assert subscribed_at == [0, 20 + jobqueue.SILENCE_SECONDS]  # each message puts it off
+    assert pool.notifier.count == 2
     nursery.cancel_scope.cancel()
 
 
