@@ -1308,6 +1308,7 @@ class WorkerPool:
         self.store = store
         self.settings = settings
         self.notifier = Notifier()
+        self.recovery = Notifier()  # of calls that failed: they are made again once a sweep succeeds
         self.stopping = trio.Event()  # set at shutdown: nothing more is claimed
         self.grace = trio.CancelScope()  # at its deadline `leave_behind` cancels whatever still runs
         self.requests = trio.CancelScope()  # around all that serve HTTP
@@ -1328,11 +1329,12 @@ class WorkerPool:
         self.stopping.set()
         self.opened.set()
         self.notifier.notify()
+        self.recovery.notify()
         self.answer_waiters(list(self.waiters))
 
     def answer_waiters(self, job_ids: Iterable[str]) -> None:
         """Wake the requests that wait for one of these jobs to finish."""
-        for job_id in job_ids:
+        for job_id in job_ids if self.waiters else ():
             if (event := self.waiters.get(job_id)) is not None:
                 event.set()
 
@@ -1349,6 +1351,7 @@ class WorkerPool:
         """
         lease = self.settings.lease_seconds
         while True:
+            seen = self.recovery.count
             try:  # with the same token each time: if a reply was lost, the next one has the same job
                 accepted, claim = await self.store.report_and_claim(report, token, lease)
                 break
@@ -1358,7 +1361,8 @@ class WorkerPool:
                 if report:
                     log.warning("job %s: its report may be lost; then it runs again", report.claim.id)
                 return None
-            await trio.sleep(AGAIN_SECONDS)
+            with trio.move_on_at(self.grace.deadline):  # thousands of workers must not press an ailing Redis
+                await self.recovery.wait(seen)
         if report and not accepted:
             log.warning("job %s: report refused: too late, or sent twice", report.claim.id)
         elif report and report.transition in ("complete", "fail"):
@@ -1537,6 +1541,7 @@ async def sweep(pool: WorkerPool) -> None:
         wait = TICK_SECONDS
         try:
             found = await pool.store.sweep(*limits, pool.end_leases_by)
+            pool.recovery.notify()
             wait = min(wait, max(SWEEP_PAUSE_SECONDS, found.wait))
             for ended in found.ended:
                 log.warning("job %s: its worker is gone: %s, attempt %s; now it is %s", *ended)
