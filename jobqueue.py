@@ -82,7 +82,7 @@ from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from msgspec import UNSET, Meta, UnsetType
-from quart import Response, has_request_context, redirect, render_template, request
+from quart import Blueprint, Response, current_app, redirect, render_template, request
 from quart_trio import QuartTrio
 from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
@@ -101,6 +101,7 @@ from werkzeug.exceptions import (
     UnprocessableEntity,
     UnsupportedMediaType,
 )
+from werkzeug.local import LocalProxy
 
 __version__ = "2.0.0"
 PROGRAM = os.path.basename(sys.argv[0]) or "jobqueue.py"  # a fork's own name
@@ -1693,49 +1694,52 @@ async def inspect_redis(pool: WorkerPool) -> None:
 
 # ── HTTP ────────────────────────────────────────────────────────────────────────────────────────
 
-PAGE_MOST, CHUNK = 1000, 200  # jobs with ?limit=, and fetched at a time without it
-PAGE_BYTES, CHUNK_BYTES = 4_000_000, 250_000  # either ends behind the job that exceeds this
-CUT_LEAST, CUT_MOST = 100, 10_000  # bytes of a field, with ?cut=
-WAIT_MOST = 30  # seconds, with ?wait=
+CHUNK = 200  # jobs that are fetched at a time without ?limit=
+PAGE_BYTES, CHUNK_BYTES = 4_000_000, 250_000  # with a limit and without: the job that exceeds it is the last
+CURSOR = r"|[0-9a-f-]{36}\.-?[0-9]{1,16}"
+# What the value of a parameter must match, and how that is said.
+PARAMETERS = {
+    "status": ("|".join(Status), f"one of: {', '.join(Status)}"),
+    "cursor": (CURSOR, "one from a Link header, with the status that was asked for there"),
+    "limit": ("0*([1-9][0-9]{0,2}|1000)", "a whole number from 1 to 1000"),
+    "cut": ("0*([1-9][0-9]{2,3}|10000)", "a whole number from 100 to 10000"),  # bytes of a field
+    "wait": (r"[0-2]?[0-9](\.[0-9]+)?|30(\.0+)?", "a number of seconds from 0 to 30"),
+}
+HOST = re.compile(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?(:\d{1,5})?|\[[\da-f:.]{2,45}\](:\d{1,5})?|", re.I | re.A)
+LIST_HEADERS = {"Vary": "Accept", "Cache-Control": "no-store"}
 BEARER = WWWAuthenticate("bearer", {"realm": "jobqueue"})
 
 read_jobs = msgspec.json.Decoder(JobRequest | list[JobRequest]).decode
 
 
-def parse_job(asked: JobRequest, settings: Settings) -> NewJob:
-    """The job that is asked for; or BadRequest, which names the field that is wrong."""
+def parse_job(asked: JobRequest, settings: Settings, where: str = "") -> NewJob:
+    """The job that is asked for; or BadRequest, which says `where`, and names the wrong field."""
     if asked.job_type not in HANDLERS:
-        raise BadRequest(f"job_type must be one of: {', '.join(HANDLERS)}")
+        raise BadRequest(f"{where}job_type must be one of: {', '.join(HANDLERS)}")
     payload = bytes(asked.payload).decode()
     try:
         HANDLERS[asked.job_type].read(payload)
     except ValueError as error:
-        raise BadRequest(str(error)) from None
+        raise BadRequest(f"{where}{error}") from None
     max_retries = settings.max_retries if asked.max_retries is UNSET else asked.max_retries
     timeout = settings.job_timeout_seconds if asked.timeout is UNSET else asked.timeout
     return NewJob(str(uuid.uuid4()), asked.job_type, payload, max_retries, timeout, asked.delay)
 
 
-def parse_jobs(body: bytes, settings: Settings) -> tuple[list[NewJob], bool]:
-    """The jobs that a body asks for, and whether it is an array; or BadRequest."""
+def parse_jobs(body: bytes, settings: Settings) -> list[NewJob]:
+    """The jobs that a body asks for, one or an array of them; or BadRequest."""
     try:
-        body.decode()
+        body.decode()  # since msgspec does not look into a payload, which is kept as it is
         asked = read_jobs(body)
     except (ValueError, RecursionError) as error:
         problem = explain(error, "the body", JobRequest.__struct_fields__)
         problem = re.sub(r"^the body\[(\d+)\](\.|: )", r"job \1 of the array: ", problem)
         raise BadRequest(problem.removeprefix("the body.")) from None
-    if not isinstance(asked, list):
-        return [parse_job(asked, settings)], False
     if not asked:
         raise BadRequest("an array must have at least one job")
-    jobs: list[NewJob] = []
-    for one in asked:
-        try:
-            jobs.append(parse_job(one, settings))
-        except BadRequest as error:
-            raise BadRequest(f"job {len(jobs)} of the array: {error.description}") from None
-    return jobs, True
+    if not isinstance(asked, list):
+        return [parse_job(asked, settings)]
+    return [parse_job(each, settings, f"job {n} of the array: ") for n, each in enumerate(asked)]
 
 
 def parse_key(headers: Sequence[str], body: bytes) -> tuple[str, str]:
@@ -1757,69 +1761,41 @@ def parse_key(headers: Sequence[str], body: bytes) -> tuple[str, str]:
     return key, fingerprint
 
 
-def parameters(*known: str) -> dict[str, str]:
-    """The parameters of this request, each of which is known and comes once; or BadRequest."""
+def parse_query(*known: str) -> dict[str, str]:
+    """The parameters of this request: each is known, comes once, and matches its pattern; or BadRequest."""
     for name, values in request.args.lists():
         if name not in known or len(values) > 1:
             raise BadRequest(f"{name[:80]!r} is no parameter, or came twice; they are: {', '.join(known)}")
+        pattern, wanted = PARAMETERS[name]
+        if not re.fullmatch(pattern, values[0]):
+            raise BadRequest(f"{name} must be {wanted}")
     return request.args.to_dict()
 
 
-def parse_query() -> tuple[Status | None, str, int | None, int]:
-    """The status, cursor, limit and cut that `GET /jobs` asks for; or BadRequest."""
-    query = parameters("status", "limit", "cursor", "cut")
-    status, cursor, limit = query.get("status"), query.get("cursor", ""), query.get("limit")
-    if status is not None and status not in list(Status):
-        raise BadRequest(f"status must be one of: {', '.join(Status)}")
-    if cursor and not re.fullmatch(r"[0-9a-f-]{36}\.-?[0-9]{1,16}", cursor):
-        raise BadRequest("cursor must be one from a Link header, with the status that was asked for there")
-    for name, least, most in (("limit", 1, PAGE_MOST), ("cut", CUT_LEAST, CUT_MOST)):
-        text = query.get(name, str(least))
-        if not (re.fullmatch(r"[0-9]{1,5}", text) and least <= int(text) <= most):
-            raise BadRequest(f"{name} must be a whole number from {least} to {most}")
-    cut = int(query.get("cut", NO_LIMIT))
-    return Status(status) if status else None, cursor, int(limit) if limit else None, cut
+def json_response(text: str | AsyncIterator[str], status: int = 200, headers: Any = None) -> Response:
+    return Response(text, status, headers, content_type="application/json")
 
 
-def parse_wait() -> float:
-    """The seconds that `GET /job/<id>` is to wait; or BadRequest."""
-    text = parameters("wait").get("wait", "0")
-    if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", text) or float(text) > WAIT_MOST:
-        raise BadRequest(f"wait must be a number of seconds from 0 to {WAIT_MOST}")
-    return float(text)
+def error_response(text: str | None, status: int, headers: Any = None) -> Response:
+    return json_response(json.dumps({"error": text}) + "\n", status, headers)
 
 
-HOST = re.compile(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?(:\d{1,5})?|\[[\da-f:.]{2,45}\](:\d{1,5})?|", re.I | re.A)
+def wants_page() -> bool:
+    """Whether this request asks for the list of jobs as a page for people, not as JSON."""
+    best = request.accept_mimetypes.best_match(["application/json", "text/html"])
+    return request.method in ("GET", "HEAD") and request.path == "/jobs" and best == "text/html"
 
 
-def in_order(app: Any) -> Any:
-    """ASGI middleware: what Quart cannot cope with does not reach it, and does not come out of it."""
-
-    async def middleware(scope: Any, receive: Any, send: Any) -> None:
-        is_over = False
-
-        async def send_until_over(message: Any) -> None:
-            nonlocal is_over
-            if message["type"] == "http.response.body":
-                is_over = not message.get("more_body", False)
-            await send(message)
-
-        async def receive_until_over() -> Any:
-            message = await receive()
-            # Quart takes the end of its own answer for the client going away, and would cancel hypercorn.
-            if message["type"] == "http.disconnect" and is_over:
-                await trio.sleep_forever()
-            return message
-
-        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-        if problem := problem_with(scope["path"], host):
-            scope = {**scope, "path": "/", "headers": [], "problem": problem}
-        try:
-            await app(scope, receive_until_over, send_until_over)
-        except* redis.RedisError:
-            pass  # in mid-list: the client sees that the answer is cut off, since it has no end
-
-    return middleware
+async def live_page() -> Response:
+    """The page: it holds no jobs, its script asks for them. And it can load nothing from elsewhere."""
+    nonce = secrets.token_urlsafe(16)
+    text = await render_template("jobs.html", nonce=nonce, handlers=HANDLERS)
+    policy = (
+        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = LIST_HEADERS | {"Content-Security-Policy": policy}
+    return Response(text, 200, headers, content_type="text/html; charset=utf-8")
 
 
 def problem_with(path: str, host: str) -> str:
@@ -1830,159 +1806,188 @@ def problem_with(path: str, host: str) -> str:
     return "that is no address"
 
 
-def answer(body: str | AsyncIterator[str], status: int = 200, headers: Any = None) -> Response:
-    return Response(body, status, headers, content_type="application/json")
+def hide_end_of_answer(receive: Any, send: Any) -> tuple[Any, Any]:
+    """The same two, but `receive` does not tell that the connection ends once the answer is complete.
+
+    For Quart takes that for the client going away, and would cancel hypercorn while it sends the end.
+    """
+    is_complete = False
+
+    async def note_and_send(message: Any) -> None:
+        nonlocal is_complete
+        is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await send(message)
+
+    async def receive_or_sleep() -> Any:
+        message = await receive()
+        if is_complete and message["type"] == "http.disconnect":
+            await trio.sleep_forever()
+        return message
+
+    return receive_or_sleep, note_and_send
+
+
+async def shield(app: Any, scope: Any, receive: Any, send: Any) -> None:
+    """ASGI middleware: what Quart cannot cope with does not reach it, and does not come out of it."""
+    host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+    if problem := problem_with(scope["path"], host):  # `check_caller` says so to the client
+        scope = {**scope, "path": "/", "headers": [], "problem": problem}
+    try:
+        await app(scope, *hide_end_of_answer(receive, send))
+    except* redis.RedisError:
+        pass  # in mid-list: the client sees that the answer is cut off, since it has no end
+
+
+api = Blueprint("api", __name__)
+# The pool of the app that has this request, as Quart's `current_app` is that app.
+current_pool = cast(WorkerPool, LocalProxy(lambda: current_app.config["POOL"]))
+
+
+@api.before_app_request
+async def check_caller() -> None:
+    """Ask for the API token; if none is set, the Host must be an address, HOST, or a name without a dot.
+
+    So no other web site gets through a visitor's browser: it could send neither application/json nor
+    DELETE, and read nothing, without this server's consent (CORS); and to pass for this server it would
+    have to give its own name another address (DNS rebinding), which the Host header betrays.
+    """
+    settings = current_pool.settings
+    if problem := request.scope.get("problem"):  # from `shield`
+        raise BadRequest(str(problem))
+    if request.path == "/":
+        return
+    if settings.api_token:
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        is_right = hmac.compare_digest(token.strip().encode(), settings.api_token.encode())
+        if not (scheme.lower() == "bearer" and is_right) and not wants_page():
+            text = "send the header Authorization: Bearer, with the API token"
+            raise Unauthorized(text, www_authenticate=BEARER)
+        return
+    own_name = rf"([\w-]+|[\d.]+|\[[\da-f:.]+\]|{re.escape(settings.host)})(:\d+)?"
+    if not re.fullmatch(own_name, name := request.headers.get("Host", ""), re.I | re.A):
+        raise Forbidden(f"{name[:80]!r} is not a name of this server; to use another, set API_TOKEN")
+
+
+@api.after_app_request
+async def add_headers(response: Response) -> Response:
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    if response.mimetype == "text/html":  # the page has a policy of its own
+        response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+    if "Transfer-Encoding" in request.headers and "Content-Length" in request.headers:
+        response.headers["Connection"] = "close"  # perhaps a smuggled request (RFC 9112, 6.1)
+    return response
+
+
+@api.app_errorhandler(HTTPException)
+async def refuse(error: HTTPException) -> Response:
+    text = error.description
+    if isinstance(error, NotFound) and request.routing_exception:
+        text = f"there is nothing at {request.path[:80]}; try POST /job, GET /job/<id> or GET /jobs"
+    elif isinstance(error, MethodNotAllowed):
+        text = f"{request.method} is not possible here, only: {', '.join(error.valid_methods or ())}"
+    elif isinstance(error, RequestEntityTooLarge):
+        text = f"the body must be at most {current_pool.settings.max_body_bytes:,} bytes"
+    headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
+    return error_response(text, error.code or 500, headers)
+
+
+@api.app_errorhandler(redis.RedisError)
+async def unavailable(error: redis.RedisError) -> Response:
+    current_pool.refused(error)
+    return error_response(f"Redis cannot serve this now: {error}", 503, {"Retry-After": "1"})
+
+
+@api.post("/job")
+async def submit() -> Response:
+    if request.query_string:
+        raise BadRequest("POST /job has no parameters; a job's are fields of the body")
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaType("the Content-Type must be application/json")
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise UnsupportedMediaType("the body must have no Content-Encoding")
+    if not current_pool.opened.is_set():
+        await open_pool(current_pool)
+    body = cast(bytes, await request.get_data())
+    jobs = parse_jobs(body, current_pool.settings)
+    key, fingerprint = parse_key(request.headers.getlist("Idempotency-Key"), body)
+    is_for_others = len(jobs) > current_pool.notifier.sleeping
+    ids = await current_pool.store.submit(jobs, key, fingerprint, notify=is_for_others)
+    current_pool.notifier.notify(len(jobs))
+    if ids is None:
+        raise UnprocessableEntity("this Idempotency-Key was used for another request")
+    if body.lstrip().startswith(b"["):
+        return json_response(json.dumps([{"id": job_id} for job_id in ids]) + "\n", 202)
+    return json_response(f'{{"id": "{ids[0]}"}}\n', 202, {"Location": f"job/{ids[0]}"})
+
+
+@api.get("/job/<job_id>")
+async def show(job_id: str) -> Response:
+    wait = float(parse_query("wait").get("wait", 0))
+    finished = current_pool.waiters.setdefault(job_id, trio.Event())
+    found = await current_pool.store.get(job_id)
+    if wait and found and found[0] not in FINISHED and not current_pool.stopping.is_set():
+        with trio.move_on_after(wait):
+            await finished.wait()
+        found = await current_pool.store.get(job_id)
+    if found is None:
+        raise NotFound(f"there is no job {job_id[:80]!r}, or no more")
+    return json_response(found[1] + "\n")
+
+
+@api.delete("/job/<job_id>")
+async def cancel(job_id: str) -> Response:
+    parse_query("wait")  # refuse it before anything is done
+    status = await current_pool.store.cancel(job_id)
+    if status in FINISHED:
+        raise Conflict(f"the job is {status} already")
+    if status:
+        log.info("job %s: cancelled on request, it was %s", job_id, status)
+        finished = await current_pool.store.finished([job_id])  # not yet, if a thread runs it
+        current_pool.answer_waiters(finished)
+    return await show(job_id)
+
+
+@api.get("/")
+async def home() -> Any:
+    """Leads to the page; and tells a probe, which needs no token, whether Redis is there."""
+    await current_pool.store.ping()
+    return redirect("jobs")
+
+
+async def stream(fetch: Callable[..., Awaitable[Page]], page: Page) -> AsyncIterator[str]:
+    """A list of jobs, from its first page on, in constant memory."""
+    yield "[" + ",\n".join(page.jobs)
+    while page.cursor:
+        page = await fetch(page.cursor, CHUNK, CHUNK_BYTES)
+        yield "".join(",\n" + job for job in page.jobs)
+    yield "]\n"
+
+
+@api.get("/jobs")
+async def list_jobs() -> Response:
+    if wants_page():
+        return await live_page()
+    query = parse_query("status", "limit", "cursor", "cut")
+    status, cursor = Status(query["status"]) if "status" in query else None, query.get("cursor", "")
+    fetch = partial(current_pool.store.page, status, cut=int(query.get("cut", NO_LIMIT)))
+    if "limit" not in query:
+        first = await fetch(cursor, CHUNK, CHUNK_BYTES)  # before the answer begins: it may still be a 503
+        return json_response(stream(fetch, first), headers=LIST_HEADERS)
+    page = await fetch(cursor, int(query["limit"]), PAGE_BYTES)
+    counts = ", ".join(f"{name}={count}" for name, count in page.counts.items())
+    headers = LIST_HEADERS | {"Job-Counts": counts}
+    if page.oldest is not None:
+        headers["Job-Oldest-Seconds"] = f"{page.oldest:.3f}"
+    if page.cursor:
+        headers["Link"] = f'<jobs?{urlencode(query | {"cursor": page.cursor})}>; rel="next"'
+    return json_response("[" + ",\n".join(page.jobs) + "]\n", headers=headers)
 
 
 def create_app(pool: WorkerPool) -> QuartTrio:
     """The REST API, and the page that shows it to people."""
-    store, settings = pool.store, pool.settings
     app = QuartTrio(__name__, static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
-
-    own_name = re.compile(rf"([\w-]+|[\d.]+|\[[\da-f:.]+\]|{re.escape(settings.host)})(:\d+)?", re.I | re.A)
-
-    @app.before_request
-    async def check_caller() -> None:
-        """Ask for the API token; if none is set, the Host must be an address, HOST, or a name without a dot.
-
-        So no other web site gets through a visitor's browser: it could send neither application/json nor
-        DELETE, and read nothing, without this server's consent (CORS); and to pass for this server it would
-        have to give its own name another address (DNS rebinding), which the Host header betrays.
-        """
-        if problem := request.scope.get("problem"):
-            raise BadRequest(str(problem))
-        if request.path == "/":
-            return
-        if settings.api_token:
-            scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-            right = hmac.compare_digest(token.strip().encode(), settings.api_token.encode())
-            if not (scheme.lower() == "bearer" and right) and not wants_page():
-                raise Unauthorized(
-                    "send the header Authorization: Bearer, with the API token", www_authenticate=BEARER
-                )
-        elif not own_name.fullmatch(name := request.headers.get("Host", "")):
-            raise Forbidden(f"{name[:80]!r} is not a name of this server; to use another, set API_TOKEN")
-
-    @app.after_request
-    async def add_headers(response: Response) -> Response:
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        if response.mimetype == "text/html":  # the page has a policy of its own
-            response.headers.setdefault(
-                "Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"
-            )
-        if "Transfer-Encoding" in request.headers and "Content-Length" in request.headers:
-            response.headers["Connection"] = "close"  # perhaps a smuggled request (RFC 9112, 6.1)
-        return response
-
-    def wants_page() -> bool:
-        best = request.accept_mimetypes.best_match(["application/json", "text/html"])
-        return request.method in ("GET", "HEAD") and request.path == "/jobs" and best == "text/html"
-
-    @app.post("/job")
-    async def submit() -> Response:
-        if request.query_string:
-            raise BadRequest("POST /job has no parameters; a job's are fields of the body")
-        if request.mimetype != "application/json":
-            raise UnsupportedMediaType("the Content-Type must be application/json")
-        if request.headers.get("Content-Encoding", "identity") != "identity":
-            raise UnsupportedMediaType("the body must have no Content-Encoding")
-        if not pool.opened.is_set():
-            await open_pool(pool)
-        body = cast(bytes, await request.get_data())
-        jobs, is_array = parse_jobs(body, settings)
-        key, fingerprint = parse_key(request.headers.getlist("Idempotency-Key"), body)
-        ids = await store.submit(jobs, key, fingerprint, notify=len(jobs) > pool.notifier.sleeping)
-        pool.notifier.notify(len(jobs))
-        if ids is None:
-            raise UnprocessableEntity("this Idempotency-Key was used for another request")
-        if is_array:
-            return answer(json.dumps([{"id": job_id} for job_id in ids]) + "\n", 202)
-        return answer(f'{{"id": "{ids[0]}"}}\n', 202, {"Location": f"job/{ids[0]}"})
-
-    @app.get("/job/<job_id>")
-    async def show(job_id: str) -> Response:
-        wait = parse_wait()
-        finished = pool.waiters.setdefault(job_id, trio.Event())
-        found = await store.get(job_id)
-        if wait and found and found[0] not in FINISHED and not pool.stopping.is_set():
-            with trio.move_on_after(wait):
-                await finished.wait()
-            found = await store.get(job_id)
-        if found is None:
-            raise NotFound(f"there is no job {job_id[:80]!r}, or no more")
-        return answer(found[1] + "\n")
-
-    @app.delete("/job/<job_id>")
-    async def cancel(job_id: str) -> Response:
-        parse_wait()  # refuse it before anything is done
-        status = await store.cancel(job_id)
-        if status in FINISHED:
-            raise Conflict(f"the job is {status} already")
-        if status:
-            log.info("job %s: cancelled on request, it was %s", job_id, status)
-            pool.answer_waiters(await store.finished([job_id]))  # not yet, if a thread runs it
-        return await show(job_id)
-
-    @app.get("/")
-    async def home() -> Any:
-        """Leads to the page; and tells a probe, which needs no token, whether Redis is there."""
-        await store.ping()
-        return redirect("jobs")
-
-    @app.get("/jobs")
-    async def index() -> Response:
-        if wants_page():
-            return await live_page()
-        status, cursor, limit, cut = parse_query()
-        page = await store.page(status, cursor, limit or CHUNK, PAGE_BYTES if limit else CHUNK_BYTES, cut)
-        headers = {"Vary": "Accept", "Cache-Control": "no-store"}
-        if limit is None:
-            return answer(stream(status, page, cut), headers=headers)
-        headers["Job-Counts"] = ", ".join(f"{name}={count}" for name, count in page.counts.items())
-        if page.oldest is not None:
-            headers["Job-Oldest-Seconds"] = f"{page.oldest:.3f}"
-        if page.cursor:
-            query = {**request.args.to_dict(), "cursor": page.cursor}
-            headers["Link"] = f'<jobs?{urlencode(query)}>; rel="next"'
-        return answer("[" + ",\n".join(page.jobs) + "]\n", headers=headers)
-
-    async def stream(status: Status | None, page: Page, cut: int) -> AsyncIterator[str]:
-        yield "[" + ",\n".join(page.jobs)
-        while page.cursor:
-            page = await store.page(status, page.cursor, CHUNK, CHUNK_BYTES, cut)
-            yield "".join(",\n" + job for job in page.jobs)
-        yield "]\n"
-
-    async def live_page() -> Response:
-        """The page: it holds no jobs, its script asks for them. And it can load nothing from elsewhere."""
-        nonce = secrets.token_urlsafe(16)
-        text = await render_template("jobs.html", nonce=nonce, handlers=HANDLERS)
-        policy = (
-            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
-        headers = {"Content-Security-Policy": policy, "Vary": "Accept", "Cache-Control": "no-store"}
-        return Response(text, 200, headers, content_type="text/html; charset=utf-8")
-
-    @app.errorhandler(HTTPException)
-    async def refuse(error: HTTPException) -> Response:
-        text = error.description
-        if isinstance(error, NotFound) and has_request_context() and request.routing_exception:
-            text = f"there is nothing at {request.path[:80]}; try POST /job, GET /job/<id> or GET /jobs"
-        elif isinstance(error, MethodNotAllowed):
-            text = f"{request.method} is not possible here, only: {', '.join(error.valid_methods or ())}"
-        elif isinstance(error, RequestEntityTooLarge):
-            text = f"the body must be at most {settings.max_body_bytes:,} bytes"
-        headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
-        return answer(json.dumps({"error": text}) + "\n", error.code or 500, headers)
-
-    @app.errorhandler(redis.RedisError)
-    async def unavailable(error: redis.RedisError) -> Response:
-        pool.refused(error)
-        text = f"Redis cannot serve this now: {error}"
-        return answer(json.dumps({"error": text}) + "\n", 503, {"Retry-After": "1"})
-
+    app.config |= {"MAX_CONTENT_LENGTH": pool.settings.max_body_bytes, "POOL": pool}
+    app.register_blueprint(api)
     return app
 
 
@@ -2141,7 +2146,7 @@ async def serve_http(app: QuartTrio, listeners: Sequence[socket.socket], pool: W
     config.errorlog = logging.getLogger("hypercorn.error")
     config.include_server_header = False
     places = trio.Semaphore(count_places(pool.settings.workers))
-    wrapped = ASGIWrapper(in_order(app))
+    wrapped = ASGIWrapper(partial(shield, app))
 
     async def serve_client(stream: trio.SocketStream) -> None:
         client = Client(stream)
