@@ -59,7 +59,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.message import EmailMessage
 from enum import StrEnum
@@ -76,7 +76,7 @@ import outcome
 import redis
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.events import Event, RawData, Updated
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
@@ -1806,34 +1806,21 @@ def problem_with(path: str, host: str) -> str:
     return "that is no address"
 
 
-def hide_end_of_answer(receive: Any, send: Any) -> tuple[Any, Any]:
-    """The same two, but `receive` does not tell that the connection ends once the answer is complete.
+async def shield(app: Any, scope: Any, receive: Any, send: Any) -> None:
+    """ASGI middleware: what Quart cannot cope with does not reach it, and does not come out of it."""
 
-    For Quart takes that for the client going away, and would cancel hypercorn while it sends the end.
-    """
-    is_complete = False
-
-    async def note_and_send(message: Any) -> None:
-        nonlocal is_complete
-        is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
-        await send(message)
-
-    async def receive_or_sleep() -> Any:
+    async def receive_request() -> Any:
         message = await receive()
-        if is_complete and message["type"] == "http.disconnect":
+        # It comes after each answer, too, and then Quart would cancel hypercorn, which still sends the end.
+        if message["type"] == "http.disconnect":  # so `Client` alone cancels what nobody waits for
             await trio.sleep_forever()
         return message
 
-    return receive_or_sleep, note_and_send
-
-
-async def shield(app: Any, scope: Any, receive: Any, send: Any) -> None:
-    """ASGI middleware: what Quart cannot cope with does not reach it, and does not come out of it."""
     host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
     if problem := problem_with(scope["path"], host):  # `check_caller` says so to the client
         scope = {**scope, "path": "/", "headers": [], "problem": problem}
     try:
-        await app(scope, *hide_end_of_answer(receive, send))
+        await app(scope, receive_request, send)
     except* redis.RedisError:
         pass  # in mid-list: the client sees that the answer is cut off, since it has no end
 
@@ -1998,62 +1985,8 @@ BACKLOG = 1024  # connections that wait to be accepted
 RESERVED_DESCRIPTORS = 100  # those that clients cannot take: Redis must be reached whatever they do
 IDLE_CLIENT_SECONDS = 5.0  # how long a connection may wait for a request, or for the rest of its head
 SILENT_CLIENT_SECONDS = 30.0  # how long a client may take nothing of its answer
+YOUNG_SECONDS = 5.0  # a process that ends by itself so soon is not started again
 Resources = AbstractAsyncContextManager[object] | None
-
-
-async def serve(
-    settings: Settings,
-    listeners: Sequence[socket.socket],
-    early_signals: list[int],
-    resources: Resources = None,
-) -> None:
-    """Run the service until SIGINT or SIGTERM, and then in this order:
-
-    1. accept nothing more; the requests under way are answered;
-    2. idle workers leave, busy ones finish their job and report it, their leases still being renewed;
-    3. when the grace is over, or at a second signal, what still runs is cancelled and released;
-    4. the last commands reach Redis.
-    """
-    url = settings.redis_url
-    redis_connections = [RedisConnection(url) for _ in range(CONNECTIONS)] if url else []
-    transports: list[Transport] = [each.exchange for each in redis_connections] or [memory()]
-    pipeline = AutoPipeline(*transports)
-    pool = WorkerPool(Store(pipeline), settings)
-    app = create_app(pool)
-    async with trio.open_nursery() as connections:
-        connections.start_soon(guard, pool, pipeline.run)
-        for connection in redis_connections:
-            connections.start_soon(guard, pool, connection.watch)
-        async with trio.open_nursery() as background:
-            stop_on_signals(pool, early_signals)
-            for task in (inspect_redis, heartbeat, sweep, watch_handlers, leave_behind):
-                background.start_soon(guard, pool, task, pool)
-            if url:
-                background.start_soon(guard, pool, listen, RedisConnection(url), pool)
-            async with resources or nullcontext(), trio.open_nursery() as workers:
-                addresses = " and ".join(map(format_address, listeners))  # they listen already
-                log.info("listening on %s with %d workers; %s", addresses, settings.workers, where(url))
-                workers.start_soon(guard, pool, serve_http, app, listeners, pool)
-                for _ in range(settings.workers):
-                    workers.start_soon(guard, pool, work, pool)
-            background.cancel_scope.cancel()
-        connections.cancel_scope.cancel()
-    log.info("stopped")
-    for number in SIGNALS:  # now, or one that comes while Trio ends would be a line about its own pipe
-        signal.signal(number, signal.SIG_IGN)
-
-
-def where(url: str) -> str:
-    """Where the jobs are kept, without a password."""
-    if not url:
-        return "jobs are kept in memory, and vanish at exit: set REDIS_URL to keep them"
-    parts = urlsplit(url)
-    return f"jobs are kept in {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def format_address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class OnlyHTTP11(h11.Connection):
@@ -2064,12 +1997,9 @@ class OnlyHTTP11(h11.Connection):
         if isinstance(event, h11.Request):
             if event.http_version not in (b"1.0", b"1.1"):
                 raise h11.RemoteProtocolError("only HTTP/1.1 is spoken here", 505)
-            if any(name == b"upgrade" for name, _ in event.headers):
-                headers = [header for header in event.headers if header[0] != b"upgrade"]
-                version = event.http_version
-                event = h11.Request(
-                    method=event.method, target=event.target, headers=headers, http_version=version
-                )
+            kept = [header for header in event.headers if header[0] != b"upgrade"]
+            if len(kept) < len(event.headers):
+                return replace(event, headers=cast(Any, kept))
         return event
 
 
@@ -2084,21 +2014,28 @@ class Client:
         self._stream = stream
         self._scope = trio.CancelScope()  # around all that the connection does
         self._reading = trio.CancelScope()  # which has a deadline while no request is under way
-        self.is_idle = True
+        self._is_idle = True
 
     async def run(self, app: ASGIWrapper, config: hypercorn.Config, context: WorkerContext) -> None:
+        """Serve the client until either side closes the connection."""
         try:
             with self._scope:
                 async with self._stream, TaskGroup() as tasks:
                     ends = self._stream.socket.getpeername()[:2], self._stream.socket.getsockname()[:2]
                     state = ConnectionState(cast(Any, {}))
-                    made = app, config, context, tasks, state, False, *ends, self._send
-                    await self._read(H11Protocol(*made))
+                    await self._read(
+                        H11Protocol(app, config, context, tasks, state, False, *ends, self._send)
+                    )
         except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the client went away
         except* Exception as errors:
             log.warning("a connection broke: %s", describe(errors))
             log.debug("the traceback", exc_info=errors)
+
+    def close_if_idle(self) -> None:
+        """Close the connection now if no request is under way; otherwise hypercorn does so after it."""
+        if self._is_idle:
+            self._reading.cancel()
 
     async def _read(self, protocol: H11Protocol) -> None:
         protocol.connection = OnlyHTTP11(h11.SERVER, protocol.config.h11_max_incomplete_size)
@@ -2106,7 +2043,7 @@ class Client:
         with self._reading:
             while data := await self._stream.receive_some(65_536):
                 await protocol.handle(RawData(bytes(data)))
-        await protocol.handle(Closed())
+        self._scope.cancel()  # with the client its request ends
 
     async def _send(self, event: Event) -> None:
         if isinstance(event, RawData):
@@ -2119,14 +2056,9 @@ class Client:
             except (OSError, trio.ClosedResourceError):
                 self._scope.cancel()  # nobody takes the answer: what makes it ends, too
         elif isinstance(event, Updated):
-            self.is_idle = event.idle
+            self._is_idle = event.idle
             self._reading.deadline = trio.current_time() + IDLE_CLIENT_SECONDS if event.idle else math.inf
         else:  # Closed, after the last answer
-            self._reading.cancel()
-
-    def stop(self) -> None:
-        """Close the connection now if no request is under way; otherwise hypercorn does so after it."""
-        if self.is_idle:
             self._reading.cancel()
 
 
@@ -2140,47 +2072,53 @@ def count_places(workers: int) -> int:
     return max(16, most - RESERVED_DESCRIPTORS - 2 * workers)
 
 
-async def serve_http(app: QuartTrio, listeners: Sequence[socket.socket], pool: WorkerPool) -> None:
+async def accept(
+    listener: trio.SocketListener,
+    places: trio.Semaphore,
+    serving: trio.Nursery,
+    serve_client: Callable[[trio.SocketStream], Awaitable[None]],
+) -> None:
+    """Accept connections, each of which takes a place, and serve them in a nursery that outlives this."""
+    async with listener:
+        while True:
+            await places.acquire()  # without one, a connection waits in the backlog
+            try:
+                serving.start_soon(serve_client, await listener.accept())
+            except OSError as error:
+                places.release()
+                log.warning("a connection could not be accepted: %s", error)
+                await trio.sleep(AGAIN_SECONDS)
+
+
+async def serve_http(pool: WorkerPool, listeners: Sequence[socket.socket]) -> None:
     """Serve until the pool is stopping; then answer what is under way, until its deadline."""
-    config, context, clients = hypercorn.Config(), WorkerContext(None), set[Client]()
-    config.errorlog = logging.getLogger("hypercorn.error")
-    config.include_server_header = False
+    app, context = ASGIWrapper(partial(shield, create_app(pool))), WorkerContext(None)
+    config, clients = hypercorn.Config(), set[Client]()
+    config.errorlog, config.include_server_header = logging.getLogger("hypercorn.error"), False
     places = trio.Semaphore(count_places(pool.settings.workers))
-    wrapped = ASGIWrapper(partial(shield, app))
 
     async def serve_client(stream: trio.SocketStream) -> None:
         client = Client(stream)
         clients.add(client)
         try:
-            await client.run(wrapped, config, context)
+            await client.run(app, config, context)
         finally:
             clients.remove(client)
             places.release()
-
-    async def accept(listener: trio.SocketListener) -> None:
-        async with listener:
-            while True:
-                await places.acquire()  # without one, a connection waits in the backlog
-                try:
-                    serving.start_soon(serve_client, await listener.accept())
-                except OSError as error:
-                    places.release()
-                    log.warning("a connection could not be accepted: %s", error)
-                    await trio.sleep(AGAIN_SECONDS)
 
     with pool.requests:
         async with trio.open_nursery() as serving:
             async with trio.open_nursery() as accepting:
                 for each in map(trio.socket.from_stdlib_socket, listeners):
-                    accepting.start_soon(accept, trio.SocketListener(each))
+                    accepting.start_soon(accept, trio.SocketListener(each), places, serving, serve_client)
                 await pool.stopping.wait()
                 accepting.cancel_scope.cancel()
             await context.terminated.set()
             for client in clients:
-                client.stop()
+                client.close_if_idle()
 
 
-async def guard(pool: WorkerPool, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+async def crash_on_bug(pool: WorkerPool, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
     """Run a task of the service. A bug in it ends the process, and is logged at once: that may take long."""
     try:
         await task(*arguments)
@@ -2191,7 +2129,7 @@ async def guard(pool: WorkerPool, task: Callable[..., Awaitable[None]], *argumen
         raise
 
 
-def stop_on_signals(pool: WorkerPool, early_signals: Iterable[int]) -> None:
+def stop_on_signals(pool: WorkerPool) -> None:
     """Stop the pool at the first signal, and without any grace at the second.
 
     A plain signal handler: it runs even while a job's handler blocks the event loop. So it only does what may
@@ -2199,58 +2137,102 @@ def stop_on_signals(pool: WorkerPool, early_signals: Iterable[int]) -> None:
     """
     token = trio.lowlevel.current_trio_token()
     graces = itertools.chain([pool.settings.shutdown_grace_seconds], itertools.repeat(0.0))
-
-    def stop(number: int, grace: float) -> None:
-        log.info("%s: stopping; what runs has %g s to finish", signal.Signals(number).name, grace)
-        pool.stop(grace)
+    text = "%s: stopping; what runs has %g s to finish"
 
     def on_signal(number: int, _frame: object) -> None:
         grace = next(graces)
         end_process(pool, grace + EXIT_SECONDS)
         with suppress(trio.RunFinishedError):
-            token.run_sync_soon(stop, number, grace)
+            token.run_sync_soon(log.info, text, signal.Signals(number).name, grace)
+            token.run_sync_soon(pool.stop, grace)
 
     for number in SIGNALS:
         signal.signal(number, on_signal)
-    for early in early_signals:
-        on_signal(early, None)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which `main` holds back
 
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+def describe_place(url: str) -> str:
+    """Where the jobs are kept, without a password."""
+    if not url:
+        return "jobs are kept in memory, and vanish at exit: set REDIS_URL to keep them"
+    parts = urlsplit(url)
+    return f"jobs are kept in {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def format_address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve(settings: Settings, listeners: Sequence[socket.socket], resources: Resources = None) -> None:
+    """Run the service until SIGINT or SIGTERM, and then in this order:
+
+    1. accept nothing more; the requests under way are answered;
+    2. idle workers leave, busy ones finish their job and report it, their leases still being renewed;
+    3. when the grace is over, or at a second signal, what still runs is cancelled and released;
+    4. the last commands reach Redis.
+    """
+    url = settings.redis_url
+    redis_connections = [RedisConnection(url) for _ in range(CONNECTIONS)] if url else []
+    transports: list[Transport] = [each.exchange for each in redis_connections] or [memory()]
+    pipeline = AutoPipeline(*transports)
+    pool = WorkerPool(Store(pipeline), settings)
+    run = partial(crash_on_bug, pool)
+    async with trio.open_nursery() as connections:
+        for carry in (pipeline.run, *[each.watch for each in redis_connections]):
+            connections.start_soon(run, carry)
+        async with trio.open_nursery() as background:
+            stop_on_signals(pool)
+            for task in (inspect_redis, heartbeat, sweep, watch_handlers, leave_behind):
+                background.start_soon(run, task, pool)
+            if url:
+                background.start_soon(run, listen, RedisConnection(url), pool)
+            async with resources or nullcontext(), trio.open_nursery() as workers:
+                addresses = " and ".join(map(format_address, listeners))  # they listen already
+                log.info(
+                    "listening on %s with %d workers; %s", addresses, settings.workers, describe_place(url)
+                )
+                workers.start_soon(run, serve_http, pool, listeners)
+                for _ in range(settings.workers):
+                    workers.start_soon(run, work, pool)
+            background.cancel_scope.cancel()
+        connections.cancel_scope.cancel()
+    log.info("stopped")
+    for number in SIGNALS:  # now, or one that comes while Trio ends would be a line about its own pipe
+        signal.signal(number, signal.SIG_IGN)
+
+
+CONTROL = {n: ascii(chr(n))[1:-1] for n in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
 
 
 class OneLine(logging.Formatter):
-    """Nothing that is logged, wherever it comes from, can look like another line, or command a terminal."""
+    """Each entry is one line, and names the job whose handler said it.
+
+    Nothing that is logged, wherever it comes from, can look like another line, or command a terminal.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        return self._escape(super().formatMessage(record))
+        time = datetime.fromtimestamp(record.created).isoformat(" ", "milliseconds")
+        attempt = _attempt.get(None)
+        job = f"job {attempt.claim.id}: " if attempt else ""
+        return f"{time} {record.levelname:7} {(job + record.message).translate(CONTROL)}"
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
-        return "\n".join("  " + self._escape(line) for line in super().formatException(ei).split("\n"))
-
-    def _escape(self, text: str) -> str:
-        return CONTROL.sub(lambda character: ascii(character[0])[1:-1], text)
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("  " + line.translate(CONTROL) for line in lines)
 
 
 def set_up_logging(level: str) -> None:
-    """Log to stderr; what is said while a job runs, by its handler too, names the job.
+    """Log to stderr. Caller, thread and process are not looked up, since no line shows them.
 
-    Caller, thread and process are not looked up, since no line shows them: it would cost a third more
-    (Logging HOWTO, "Optimization").
+    They would cost a third more (Logging HOWTO, "Optimization").
     """
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-
-    def add_job(record: logging.LogRecord) -> bool:
-        attempt = _attempt.get(None)
-        record.job = f"job {attempt.claim.id}: " if attempt else ""
-        record.time = datetime.fromtimestamp(record.created).isoformat(" ", "milliseconds")
-        return True
-
-    handler = logging.StreamHandler()
-    handler.addFilter(add_job)
-    handler.setFormatter(OneLine("%(time)s %(levelname)-7s %(job)s%(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(OneLine())
+    logging.basicConfig(level=level.upper(), handlers=[to_stderr])
     logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
 
 
@@ -2271,39 +2253,25 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
     return listeners
 
 
-def note_signals(noted: list[int]) -> None:
-    """Let the signals that come from now on be noted there, and do nothing else."""
-    for number in SIGNALS:
-        signal.signal(number, lambda number, _: noted.append(number))
+def stop_with(parent: int) -> None:
+    """Stop this process once its parent is gone, even if that was killed."""
+    while os.getppid() == parent:
+        time.sleep(TICK_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-def become_child(parent: int, early_signals: list[int]) -> None:
-    """What a new process does first. `parent` is a pipe that ends with the process that forked this one."""
-
-    def stop_with_parent() -> None:
-        os.read(parent, 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    note_signals(early_signals)
-    if sys.platform != "win32":
-        os.setpgrp()  # a Ctrl+C is for the parent to pass on: to get it twice would end the grace
-    random.seed()
-    threading.Thread(target=stop_with_parent, daemon=True).start()
-
-
-def fork_processes(count: int, listeners: Sequence[socket.socket], early_signals: list[int]) -> None:
+def fork_processes(count: int, listeners: Sequence[socket.socket]) -> None:
     """Return in `count` child processes, and never in this one, which looks after them.
 
     It passes signals on, starts again what dies, and ends with the worst of the exit statuses.
     """
     if sys.platform == "win32":
         return  # never: Settings refuses it
-    children, worst, is_stopping = set[int](), 0, False
-    parent, held_open = os.pipe()
+    children, parent, worst = dict[int, float](), os.getpid(), 0  # children by process id, with their start
 
-    def stop(number: int, _frame: object = None) -> None:
-        nonlocal is_stopping
-        is_stopping = True
+    def pass_on(number: int, _frame: object = None) -> None:
+        nonlocal count
+        count = 0  # none is to be started again
         for each in listeners:
             each.close()  # or clients would wait in a backlog that nobody empties
         for pid in children:
@@ -2311,41 +2279,41 @@ def fork_processes(count: int, listeners: Sequence[socket.socket], early_signals
                 os.kill(pid, number)
 
     for number in SIGNALS:
-        signal.signal(number, stop)
-    for early in early_signals:
-        stop(early)
-    while children or not is_stopping:
-        while len(children) < count and not is_stopping:
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a signal is to meet all children, or none
-            if child := os.fork():
-                children.add(child)
-            else:
-                os.close(held_open)
-                become_child(parent, early_signals)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            if not child:
+        signal.signal(number, pass_on)
+    while children or count:
+        if len(children) < count:
+            if (child := os.fork()) == 0:
+                os.setpgrp()  # a Ctrl+C is for the parent to pass on: to get it twice would end the grace
+                threading.Thread(target=stop_with, args=(parent,), daemon=True).start()
                 return
-        child, waited = os.wait()
-        if child not in children:  # the first process of a container is given those that lost their parent
+            children[child] = time.monotonic()
             continue
-        children.remove(child)
+        # Only here, since a signal is to meet all children or none: not one that is being forked.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        child, waited = os.wait()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         status = os.waitstatus_to_exitcode(waited)  # negative: of the signal that killed it
-        if is_stopping:
-            worst = max(worst, abs(status))
-        else:
+        began = children.pop(child, None)
+        if began is None:  # the first process of a container is given those that lost their parent
+            continue
+        if status > 0 and time.monotonic() < began + YOUNG_SECONDS:
+            pass_on(signal.SIGTERM)  # another would end so, too: the keys in Redis have another layout, say
+        if count:
             log.error("process %d is gone, with status %d: another one starts", child, status)
             time.sleep(AGAIN_SECONDS)
+        else:
+            worst = max(worst, abs(status))
     sys.exit(worst)
 
 
 def main(resources: Resources = None) -> None:
-    """Read the settings, listen, serve. A signal before and after that is only taken note of.
+    """Read the settings, listen, serve. A signal that comes meanwhile waits for `stop_on_signals`.
 
     `resources` is what handlers share, such as a pool of connections: it is entered before the first job, and
     left after the last.
     """
-    early_signals: list[int] = []
-    note_signals(early_signals)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     settings = Settings.read(sys.argv[1:], os.environ)
     set_up_logging(settings.log_level)
     if settings.smtp_url:
@@ -2354,8 +2322,8 @@ def main(resources: Resources = None) -> None:
         log.warning("anybody who reaches %s may use this queue: set API_TOKEN", settings.host)
     listeners = open_listeners(settings.host.strip("[]"), settings.port)
     if settings.processes != 1:
-        fork_processes(settings.processes or os.cpu_count() or 1, listeners, early_signals)
-    trio.run(serve, settings, listeners, early_signals, resources)
+        fork_processes(settings.processes or os.cpu_count() or 1, listeners)
+    trio.run(serve, settings, listeners, resources)
 
 
 if __name__ == "__main__":
