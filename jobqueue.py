@@ -1776,10 +1776,6 @@ def json_response(text: str | AsyncIterator[str], status: int = 200, headers: An
     return Response(text, status, headers, content_type="application/json")
 
 
-def error_response(text: str | None, status: int, headers: Any = None) -> Response:
-    return json_response(json.dumps({"error": text}) + "\n", status, headers)
-
-
 def wants_page() -> bool:
     """Whether this request asks for the list of jobs as a page for people, not as JSON."""
     best = request.accept_mimetypes.best_match(["application/json", "text/html"])
@@ -1806,7 +1802,7 @@ def problem_with(path: str, host: str) -> str:
     return "that is no address"
 
 
-async def shield(app: Any, scope: Any, receive: Any, send: Any) -> None:
+async def protect(app: Any, scope: Any, receive: Any, send: Any) -> None:
     """ASGI middleware: what Quart cannot cope with does not reach it, and does not come out of it."""
 
     async def receive_request() -> Any:
@@ -1839,7 +1835,7 @@ async def check_caller() -> None:
     have to give its own name another address (DNS rebinding), which the Host header betrays.
     """
     settings = current_pool.settings
-    if problem := request.scope.get("problem"):  # from `shield`
+    if problem := request.scope.get("problem"):  # from `protect`
         raise BadRequest(str(problem))
     if request.path == "/":
         return
@@ -1875,13 +1871,14 @@ async def refuse(error: HTTPException) -> Response:
     elif isinstance(error, RequestEntityTooLarge):
         text = f"the body must be at most {current_pool.settings.max_body_bytes:,} bytes"
     headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
-    return error_response(text, error.code or 500, headers)
+    return json_response(json.dumps({"error": text}) + "\n", error.code or 500, headers)
 
 
 @api.app_errorhandler(redis.RedisError)
 async def unavailable(error: redis.RedisError) -> Response:
     current_pool.refused(error)
-    return error_response(f"Redis cannot serve this now: {error}", 503, {"Retry-After": "1"})
+    text = f"Redis cannot serve this now: {error}"
+    return json_response(json.dumps({"error": text}) + "\n", 503, {"Retry-After": "1"})
 
 
 @api.post("/job")
@@ -1986,6 +1983,7 @@ RESERVED_DESCRIPTORS = 100  # those that clients cannot take: Redis must be reac
 IDLE_CLIENT_SECONDS = 5.0  # how long a connection may wait for a request, or for the rest of its head
 SILENT_CLIENT_SECONDS = 30.0  # how long a client may take nothing of its answer
 YOUNG_SECONDS = 5.0  # a process that ends by itself so soon is not started again
+SECRETS = r"(?s)(?<=//)[^/]*@|[?#].*"  # of a URL: who logs in, and any options
 Resources = AbstractAsyncContextManager[object] | None
 
 
@@ -2013,19 +2011,17 @@ class Client:
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self._scope = trio.CancelScope()  # around all that the connection does
-        self._reading = trio.CancelScope()  # which has a deadline while no request is under way
-        self._is_idle = True
+        # Around the reading of requests: it has a deadline while none is under way.
+        self._reading = trio.CancelScope(deadline=trio.current_time() + IDLE_CLIENT_SECONDS)
 
-    async def run(self, app: ASGIWrapper, config: hypercorn.Config, context: WorkerContext) -> None:
+    async def run(self, make_protocol: Callable[..., H11Protocol]) -> None:
         """Serve the client until either side closes the connection."""
         try:
             with self._scope:
                 async with self._stream, TaskGroup() as tasks:
                     ends = self._stream.socket.getpeername()[:2], self._stream.socket.getsockname()[:2]
                     state = ConnectionState(cast(Any, {}))
-                    await self._read(
-                        H11Protocol(app, config, context, tasks, state, False, *ends, self._send)
-                    )
+                    await self._read(make_protocol(tasks, state, False, *ends, self._send))
         except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the client went away
         except* Exception as errors:
@@ -2034,16 +2030,15 @@ class Client:
 
     def close_if_idle(self) -> None:
         """Close the connection now if no request is under way; otherwise hypercorn does so after it."""
-        if self._is_idle:
+        if self._reading.deadline < math.inf:
             self._reading.cancel()
 
     async def _read(self, protocol: H11Protocol) -> None:
         protocol.connection = OnlyHTTP11(h11.SERVER, protocol.config.h11_max_incomplete_size)
-        self._reading.deadline = trio.current_time() + IDLE_CLIENT_SECONDS
         with self._reading:
             while data := await self._stream.receive_some(65_536):
                 await protocol.handle(RawData(bytes(data)))
-        self._scope.cancel()  # with the client its request ends
+        self._scope.cancel()  # without its client, a request ends
 
     async def _send(self, event: Event) -> None:
         if isinstance(event, RawData):
@@ -2056,7 +2051,6 @@ class Client:
             except (OSError, trio.ClosedResourceError):
                 self._scope.cancel()  # nobody takes the answer: what makes it ends, too
         elif isinstance(event, Updated):
-            self._is_idle = event.idle
             self._reading.deadline = trio.current_time() + IDLE_CLIENT_SECONDS if event.idle else math.inf
         else:  # Closed, after the last answer
             self._reading.cancel()
@@ -2072,45 +2066,41 @@ def count_places(workers: int) -> int:
     return max(16, most - RESERVED_DESCRIPTORS - 2 * workers)
 
 
-async def accept(
-    listener: trio.SocketListener,
-    places: trio.Semaphore,
-    serving: trio.Nursery,
-    serve_client: Callable[[trio.SocketStream], Awaitable[None]],
-) -> None:
-    """Accept connections, each of which takes a place, and serve them in a nursery that outlives this."""
-    async with listener:
-        while True:
-            await places.acquire()  # without one, a connection waits in the backlog
-            try:
-                serving.start_soon(serve_client, await listener.accept())
-            except OSError as error:
-                places.release()
-                log.warning("a connection could not be accepted: %s", error)
-                await trio.sleep(AGAIN_SECONDS)
+async def accept(listener: trio.SocketListener, places: trio.Semaphore) -> trio.SocketStream:
+    """The next connection, once there is a place for it: until then it waits in the backlog."""
+    await places.acquire()
+    while True:
+        try:
+            return await listener.accept()
+        except OSError as error:
+            log.warning("a connection could not be accepted: %s", error)
+            await trio.sleep(AGAIN_SECONDS)
 
 
 async def serve_http(pool: WorkerPool, listeners: Sequence[socket.socket]) -> None:
     """Serve until the pool is stopping; then answer what is under way, until its deadline."""
-    app, context = ASGIWrapper(partial(shield, create_app(pool))), WorkerContext(None)
-    config, clients = hypercorn.Config(), set[Client]()
+    config, context, clients = hypercorn.Config(), WorkerContext(None), set[Client]()
     config.errorlog, config.include_server_header = logging.getLogger("hypercorn.error"), False
+    make_protocol = partial(H11Protocol, ASGIWrapper(partial(protect, create_app(pool))), config, context)
     places = trio.Semaphore(count_places(pool.settings.workers))
 
     async def serve_client(stream: trio.SocketStream) -> None:
         client = Client(stream)
         clients.add(client)
-        try:
-            await client.run(app, config, context)
-        finally:
-            clients.remove(client)
-            places.release()
+        await client.run(make_protocol)
+        clients.remove(client)
+        places.release()
+
+    async def serve_listener(listener: socket.socket) -> None:
+        async with trio.SocketListener(trio.socket.from_stdlib_socket(listener)) as accepts:
+            while True:
+                serving.start_soon(serve_client, await accept(accepts, places))
 
     with pool.requests:
         async with trio.open_nursery() as serving:
             async with trio.open_nursery() as accepting:
-                for each in map(trio.socket.from_stdlib_socket, listeners):
-                    accepting.start_soon(accept, trio.SocketListener(each), places, serving, serve_client)
+                for each in listeners:
+                    accepting.start_soon(serve_listener, each)
                 await pool.stopping.wait()
                 accepting.cancel_scope.cancel()
             await context.terminated.set()
@@ -2152,14 +2142,6 @@ def stop_on_signals(pool: WorkerPool) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which `main` holds back
 
 
-def describe_place(url: str) -> str:
-    """Where the jobs are kept, without a password."""
-    if not url:
-        return "jobs are kept in memory, and vanish at exit: set REDIS_URL to keep them"
-    parts = urlsplit(url)
-    return f"jobs are kept in {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
 def format_address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -2190,9 +2172,9 @@ async def serve(settings: Settings, listeners: Sequence[socket.socket], resource
                 background.start_soon(run, listen, RedisConnection(url), pool)
             async with resources or nullcontext(), trio.open_nursery() as workers:
                 addresses = " and ".join(map(format_address, listeners))  # they listen already
-                log.info(
-                    "listening on %s with %d workers; %s", addresses, settings.workers, describe_place(url)
-                )
+                place = re.sub(SECRETS, "", url) or "memory, and vanish at exit: set REDIS_URL to keep them"
+                text = "listening on %s with %d workers; jobs are kept in %s"
+                log.info(text, addresses, settings.workers, place)
                 workers.start_soon(run, serve_http, pool, listeners)
                 for _ in range(settings.workers):
                     workers.start_soon(run, work, pool)
@@ -2244,16 +2226,15 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
         family = socket.AF_INET6 if ":" in name else socket.AF_INET
         try:
             listeners.append(socket.create_server((name, port), family=family, backlog=BACKLOG))
+            port = listeners[-1].getsockname()[1]  # the same for both, also when any would do
         except OSError as error:
             has_none = not listeners and name == names[-1]  # otherwise the host has one family alone
             if error.errno == errno.EADDRINUSE or has_none:
                 sys.exit(f"{PROGRAM}: cannot listen on {host}, port {port}: {error.strerror}")
-        else:
-            port = listeners[-1].getsockname()[1]  # the same for both, also when any would do
     return listeners
 
 
-def stop_with(parent: int) -> None:
+def stop_with_parent(parent: int) -> None:
     """Stop this process once its parent is gone, even if that was killed."""
     while os.getppid() == parent:
         time.sleep(TICK_SECONDS)
@@ -2267,7 +2248,8 @@ def fork_processes(count: int, listeners: Sequence[socket.socket]) -> None:
     """
     if sys.platform == "win32":
         return  # never: Settings refuses it
-    children, parent, worst = dict[int, float](), os.getpid(), 0  # children by process id, with their start
+    children = dict[int, float]()  # when each began, by its process id
+    parent, worst = os.getpid(), 0
 
     def pass_on(number: int, _frame: object = None) -> None:
         nonlocal count
@@ -2284,11 +2266,11 @@ def fork_processes(count: int, listeners: Sequence[socket.socket]) -> None:
         if len(children) < count:
             if (child := os.fork()) == 0:
                 os.setpgrp()  # a Ctrl+C is for the parent to pass on: to get it twice would end the grace
-                threading.Thread(target=stop_with, args=(parent,), daemon=True).start()
+                threading.Thread(target=stop_with_parent, args=(parent,), daemon=True).start()
                 return
             children[child] = time.monotonic()
             continue
-        # Only here, since a signal is to meet all children or none: not one that is being forked.
+        # Signals come only here: each must meet all children, so none may come while one is being forked.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         child, waited = os.wait()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -2296,7 +2278,7 @@ def fork_processes(count: int, listeners: Sequence[socket.socket]) -> None:
         began = children.pop(child, None)
         if began is None:  # the first process of a container is given those that lost their parent
             continue
-        if status > 0 and time.monotonic() < began + YOUNG_SECONDS:
+        if count and status > 0 and time.monotonic() < began + YOUNG_SECONDS:
             pass_on(signal.SIGTERM)  # another would end so, too: the keys in Redis have another layout, say
         if count:
             log.error("process %d is gone, with status %d: another one starts", child, status)
@@ -2307,7 +2289,7 @@ def fork_processes(count: int, listeners: Sequence[socket.socket]) -> None:
 
 
 def main(resources: Resources = None) -> None:
-    """Read the settings, listen, serve. A signal that comes meanwhile waits for `stop_on_signals`.
+    """Read the settings, listen, serve. A signal that comes before `serve` waits for it, but on Windows.
 
     `resources` is what handlers share, such as a pool of connections: it is entered before the first job, and
     left after the last.
