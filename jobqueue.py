@@ -1710,6 +1710,9 @@ LIST_HEADERS = {"Vary": "Accept", "Cache-Control": "no-store"}
 BEARER = WWWAuthenticate("bearer", {"realm": "jobqueue"})
 
 read_jobs = msgspec.json.Decoder(JobRequest | list[JobRequest]).decode
+api = Blueprint("api", __name__)
+# The pool of the app that has this request, as Quart's `current_app` is that app.
+current_pool = cast(WorkerPool, LocalProxy(lambda: current_app.config["POOL"]))
 
 
 def parse_job(asked: JobRequest, settings: Settings, where: str = "") -> NewJob:
@@ -1819,11 +1822,6 @@ async def protect(app: Any, scope: Any, receive: Any, send: Any) -> None:
         await app(scope, receive_request, send)
     except* redis.RedisError:
         pass  # in mid-list: the client sees that the answer is cut off, since it has no end
-
-
-api = Blueprint("api", __name__)
-# The pool of the app that has this request, as Quart's `current_app` is that app.
-current_pool = cast(WorkerPool, LocalProxy(lambda: current_app.config["POOL"]))
 
 
 @api.before_app_request
@@ -1983,6 +1981,7 @@ RESERVED_DESCRIPTORS = 100  # those that clients cannot take: Redis must be reac
 IDLE_CLIENT_SECONDS = 5.0  # how long a connection may wait for a request, or for the rest of its head
 SILENT_CLIENT_SECONDS = 30.0  # how long a client may take nothing of its answer
 YOUNG_SECONDS = 5.0  # a process that ends by itself so soon is not started again
+CONTROL = {n: ascii(chr(n))[1:-1] for n in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
 SECRETS = r"(?s)(?<=//)[^/]*@|[?#].*"  # of a URL: who logs in, and any options
 Resources = AbstractAsyncContextManager[object] | None
 
@@ -2185,9 +2184,6 @@ async def serve(settings: Settings, listeners: Sequence[socket.socket], resource
         signal.signal(number, signal.SIG_IGN)
 
 
-CONTROL = {n: ascii(chr(n))[1:-1] for n in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
-
-
 class OneLine(logging.Formatter):
     """Each entry is one line, and names the job whose handler said it.
 
@@ -2244,7 +2240,8 @@ def stop_with_parent(parent: int) -> None:
 def fork_processes(count: int, listeners: Sequence[socket.socket]) -> None:
     """Return in `count` child processes, and never in this one, which looks after them.
 
-    It passes signals on, starts again what dies, and ends with the worst of the exit statuses.
+    It passes signals on, starts again what dies, and ends with the worst of the exit statuses. One that fails
+    as soon as it has begun is not started again, but ends them all.
     """
     if sys.platform == "win32":
         return  # never: Settings refuses it
