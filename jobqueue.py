@@ -58,7 +58,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.message import EmailMessage
 from enum import StrEnum
@@ -75,13 +75,13 @@ import outcome
 import redis
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.events import Event, RawData, Updated
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from msgspec import UNSET, Meta, UnsetType
-from quart import Response, has_request_context, redirect, render_template, request
+from quart import Blueprint, Response, current_app, redirect, render_template, request
 from quart_trio import QuartTrio
 from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
@@ -100,6 +100,7 @@ from werkzeug.exceptions import (
     UnprocessableEntity,
     UnsupportedMediaType,
 )
+from werkzeug.local import LocalProxy
 
 __version__ = "2.0.0"
 PROGRAM = os.path.basename(sys.argv[0]) or "jobqueue.py"  # a fork's own name
@@ -1655,49 +1656,55 @@ async def inspect_redis(pool: WorkerPool) -> None:
 
 # ── HTTP ────────────────────────────────────────────────────────────────────────────────────────
 
-PAGE_MOST, CHUNK = 1000, 200  # jobs with ?limit=, and fetched at a time without it
-PAGE_BYTES, CHUNK_BYTES = 4_000_000, 250_000  # either ends behind the job that exceeds this
-CUT_LEAST, CUT_MOST = 100, 10_000  # bytes of a field, with ?cut=
-WAIT_MOST = 30  # seconds, with ?wait=
+CHUNK = 200  # jobs that are fetched at a time without ?limit=
+PAGE_BYTES, CHUNK_BYTES = 4_000_000, 250_000  # with a limit and without: the job that exceeds it is the last
+CURSOR = r"|[0-9a-f-]{36}\.-?[0-9]{1,16}"
+# What the value of a parameter must match, and how that is said.
+PARAMETERS = {
+    "status": ("|".join(Status), f"one of: {', '.join(Status)}"),
+    "cursor": (CURSOR, "one from a Link header, with the status that was asked for there"),
+    "limit": ("0*([1-9][0-9]{0,2}|1000)", "a whole number from 1 to 1000"),
+    "cut": ("0*([1-9][0-9]{2,3}|10000)", "a whole number from 100 to 10000"),  # bytes of a field
+    "wait": (r"[0-2]?[0-9](\.[0-9]+)?|30(\.0+)?", "a number of seconds from 0 to 30"),
+}
+HOST = re.compile(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?(:\d{1,5})?|\[[\da-f:.]{2,45}\](:\d{1,5})?|", re.I | re.A)
+LIST_HEADERS = {"Vary": "Accept", "Cache-Control": "no-store"}
 BEARER = WWWAuthenticate("bearer", {"realm": "jobqueue"})
 
 read_jobs = msgspec.json.Decoder(JobRequest | list[JobRequest]).decode
+api = Blueprint("api", __name__)
+# The pool of the app that has this request, as Quart's `current_app` is that app.
+current_pool = cast(WorkerPool, LocalProxy(lambda: current_app.config["POOL"]))
 
 
-def parse_job(asked: JobRequest, settings: Settings) -> NewJob:
-    """The job that is asked for; or BadRequest, which names the field that is wrong."""
+def parse_job(asked: JobRequest, settings: Settings, where: str = "") -> NewJob:
+    """The job that is asked for; or BadRequest, which says `where`, and names the wrong field."""
     if asked.job_type not in HANDLERS:
-        raise BadRequest(f"job_type must be one of: {', '.join(HANDLERS)}")
+        raise BadRequest(f"{where}job_type must be one of: {', '.join(HANDLERS)}")
     payload = bytes(asked.payload).decode()
     try:
         HANDLERS[asked.job_type].read(payload)
     except ValueError as error:
-        raise BadRequest(str(error)) from None
+        raise BadRequest(f"{where}{error}") from None
     max_retries = settings.max_retries if asked.max_retries is UNSET else asked.max_retries
     timeout = settings.job_timeout_seconds if asked.timeout is UNSET else asked.timeout
     return NewJob(str(uuid.uuid4()), asked.job_type, payload, max_retries, timeout, asked.delay)
 
 
-def parse_jobs(body: bytes, settings: Settings) -> tuple[list[NewJob], bool]:
-    """The jobs that a body asks for, and whether it is an array; or BadRequest."""
+def parse_jobs(body: bytes, settings: Settings) -> list[NewJob]:
+    """The jobs that a body asks for, one or an array of them; or BadRequest."""
     try:
-        body.decode()
+        body.decode()  # since msgspec does not look into a payload, which is kept as it is
         asked = read_jobs(body)
     except (ValueError, RecursionError) as error:
         problem = explain(error, "the body", JobRequest.__struct_fields__)
         problem = re.sub(r"^the body\[(\d+)\](\.|: )", r"job \1 of the array: ", problem)
         raise BadRequest(problem.removeprefix("the body.")) from None
-    if not isinstance(asked, list):
-        return [parse_job(asked, settings)], False
     if not asked:
         raise BadRequest("an array must have at least one job")
-    jobs: list[NewJob] = []
-    for one in asked:
-        try:
-            jobs.append(parse_job(one, settings))
-        except BadRequest as error:
-            raise BadRequest(f"job {len(jobs)} of the array: {error.description}") from None
-    return jobs, True
+    if not isinstance(asked, list):
+        return [parse_job(asked, settings)]
+    return [parse_job(each, settings, f"job {n} of the array: ") for n, each in enumerate(asked)]
 
 
 def parse_key(headers: Sequence[str], body: bytes) -> tuple[str, str]:
@@ -1719,69 +1726,37 @@ def parse_key(headers: Sequence[str], body: bytes) -> tuple[str, str]:
     return key, fingerprint
 
 
-def parameters(*known: str) -> dict[str, str]:
-    """The parameters of this request, each of which is known and comes once; or BadRequest."""
+def parse_query(*known: str) -> dict[str, str]:
+    """The parameters of this request: each is known, comes once, and matches its pattern; or BadRequest."""
     for name, values in request.args.lists():
         if name not in known or len(values) > 1:
             raise BadRequest(f"{name[:80]!r} is no parameter, or came twice; they are: {', '.join(known)}")
+        pattern, wanted = PARAMETERS[name]
+        if not re.fullmatch(pattern, values[0]):
+            raise BadRequest(f"{name} must be {wanted}")
     return request.args.to_dict()
 
 
-def parse_query() -> tuple[Status | None, str, int | None, int]:
-    """The status, cursor, limit and cut that `GET /jobs` asks for; or BadRequest."""
-    query = parameters("status", "limit", "cursor", "cut")
-    status, cursor, limit = query.get("status"), query.get("cursor", ""), query.get("limit")
-    if status is not None and status not in list(Status):
-        raise BadRequest(f"status must be one of: {', '.join(Status)}")
-    if cursor and not re.fullmatch(r"[0-9a-f-]{36}\.-?[0-9]{1,16}", cursor):
-        raise BadRequest("cursor must be one from a Link header, with the status that was asked for there")
-    for name, least, most in (("limit", 1, PAGE_MOST), ("cut", CUT_LEAST, CUT_MOST)):
-        text = query.get(name, str(least))
-        if not (re.fullmatch(r"[0-9]{1,5}", text) and least <= int(text) <= most):
-            raise BadRequest(f"{name} must be a whole number from {least} to {most}")
-    cut = int(query.get("cut", NO_LIMIT))
-    return Status(status) if status else None, cursor, int(limit) if limit else None, cut
+def json_response(text: str | AsyncIterator[str], status: int = 200, headers: Any = None) -> Response:
+    return Response(text, status, headers, content_type="application/json")
 
 
-def parse_wait() -> float:
-    """The seconds that `GET /job/<id>` is to wait; or BadRequest."""
-    text = parameters("wait").get("wait", "0")
-    if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", text) or float(text) > WAIT_MOST:
-        raise BadRequest(f"wait must be a number of seconds from 0 to {WAIT_MOST}")
-    return float(text)
+def wants_page() -> bool:
+    """Whether this request asks for the list of jobs as a page for people, not as JSON."""
+    best = request.accept_mimetypes.best_match(["application/json", "text/html"])
+    return request.method in ("GET", "HEAD") and request.path == "/jobs" and best == "text/html"
 
 
-HOST = re.compile(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?(:\d{1,5})?|\[[\da-f:.]{2,45}\](:\d{1,5})?|", re.I | re.A)
-
-
-def in_order(app: Any) -> Any:
-    """ASGI middleware: what Quart cannot cope with does not reach it, and does not come out of it."""
-
-    async def middleware(scope: Any, receive: Any, send: Any) -> None:
-        is_over = False
-
-        async def send_until_over(message: Any) -> None:
-            nonlocal is_over
-            if message["type"] == "http.response.body":
-                is_over = not message.get("more_body", False)
-            await send(message)
-
-        async def receive_until_over() -> Any:
-            message = await receive()
-            # Quart takes the end of its own answer for the client going away, and would cancel hypercorn.
-            if message["type"] == "http.disconnect" and is_over:
-                await trio.sleep_forever()
-            return message
-
-        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-        if problem := problem_with(scope["path"], host):
-            scope = {**scope, "path": "/", "headers": [], "problem": problem}
-        try:
-            await app(scope, receive_until_over, send_until_over)
-        except* redis.RedisError:
-            pass  # in mid-list: the client sees that the answer is cut off, since it has no end
-
-    return middleware
+async def live_page() -> Response:
+    """The page: it holds no jobs, its script asks for them. And it can load nothing from elsewhere."""
+    nonce = secrets.token_urlsafe(16)
+    text = await render_template("jobs.html", nonce=nonce, handlers=HANDLERS)
+    policy = (
+        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = LIST_HEADERS | {"Content-Security-Policy": policy}
+    return Response(text, 200, headers, content_type="text/html; charset=utf-8")
 
 
 def problem_with(path: str, host: str) -> str:
@@ -1792,159 +1767,171 @@ def problem_with(path: str, host: str) -> str:
     return "that is no address"
 
 
-def answer(body: str | AsyncIterator[str], status: int = 200, headers: Any = None) -> Response:
-    return Response(body, status, headers, content_type="application/json")
+async def protect(app: Any, scope: Any, receive: Any, send: Any) -> None:
+    """ASGI middleware: what Quart cannot cope with does not reach it, and does not come out of it."""
+
+    async def receive_request() -> Any:
+        message = await receive()
+        # It comes after each answer, too, and then Quart would cancel hypercorn, which still sends the end.
+        if message["type"] == "http.disconnect":  # so `Client` alone cancels what nobody waits for
+            await trio.sleep_forever()
+        return message
+
+    host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+    if problem := problem_with(scope["path"], host):  # `check_caller` says so to the client
+        scope = {**scope, "path": "/", "headers": [], "problem": problem}
+    try:
+        await app(scope, receive_request, send)
+    except* redis.RedisError:
+        pass  # in mid-list: the client sees that the answer is cut off, since it has no end
+
+
+@api.before_app_request
+async def check_caller() -> None:
+    """Ask for the API token; if none is set, the Host must be an address, HOST, or a name without a dot.
+
+    So no other web site gets through a visitor's browser: it could send neither application/json nor
+    DELETE, and read nothing, without this server's consent (CORS); and to pass for this server it would
+    have to give its own name another address (DNS rebinding), which the Host header betrays.
+    """
+    settings = current_pool.settings
+    if problem := request.scope.get("problem"):  # from `protect`
+        raise BadRequest(str(problem))
+    if request.path == "/":
+        return
+    if settings.api_token:
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        is_right = hmac.compare_digest(token.strip().encode(), settings.api_token.encode())
+        if not (scheme.lower() == "bearer" and is_right) and not wants_page():
+            text = "send the header Authorization: Bearer, with the API token"
+            raise Unauthorized(text, www_authenticate=BEARER)
+        return
+    own_name = rf"([\w-]+|[\d.]+|\[[\da-f:.]+\]|{re.escape(settings.host)})(:\d+)?"
+    if not re.fullmatch(own_name, name := request.headers.get("Host", ""), re.I | re.A):
+        raise Forbidden(f"{name[:80]!r} is not a name of this server; to use another, set API_TOKEN")
+
+
+@api.after_app_request
+async def add_headers(response: Response) -> Response:
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    if response.mimetype == "text/html":  # the page has a policy of its own
+        response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+    if "Transfer-Encoding" in request.headers and "Content-Length" in request.headers:
+        response.headers["Connection"] = "close"  # perhaps a smuggled request (RFC 9112, 6.1)
+    return response
+
+
+@api.app_errorhandler(HTTPException)
+async def refuse(error: HTTPException) -> Response:
+    text = error.description
+    if isinstance(error, NotFound) and request.routing_exception:
+        text = f"there is nothing at {request.path[:80]}; try POST /job, GET /job/<id> or GET /jobs"
+    elif isinstance(error, MethodNotAllowed):
+        text = f"{request.method} is not possible here, only: {', '.join(error.valid_methods or ())}"
+    elif isinstance(error, RequestEntityTooLarge):
+        text = f"the body must be at most {current_pool.settings.max_body_bytes:,} bytes"
+    headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
+    return json_response(json.dumps({"error": text}) + "\n", error.code or 500, headers)
+
+
+@api.app_errorhandler(redis.RedisError)
+async def unavailable(error: redis.RedisError) -> Response:
+    current_pool.refused(error)
+    text = f"Redis cannot serve this now: {error}"
+    return json_response(json.dumps({"error": text}) + "\n", 503, {"Retry-After": "1"})
+
+
+@api.post("/job")
+async def submit() -> Response:
+    if request.query_string:
+        raise BadRequest("POST /job has no parameters; a job's are fields of the body")
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaType("the Content-Type must be application/json")
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise UnsupportedMediaType("the body must have no Content-Encoding")
+    if not current_pool.opened.is_set():
+        await open_pool(current_pool)
+    body = cast(bytes, await request.get_data())
+    jobs = parse_jobs(body, current_pool.settings)
+    key, fingerprint = parse_key(request.headers.getlist("Idempotency-Key"), body)
+    is_for_others = len(jobs) > current_pool.notifier.sleeping
+    ids = await current_pool.store.submit(jobs, key, fingerprint, notify=is_for_others)
+    current_pool.notifier.notify(len(jobs))
+    if ids is None:
+        raise UnprocessableEntity("this Idempotency-Key was used for another request")
+    if body.lstrip().startswith(b"["):
+        return json_response(json.dumps([{"id": job_id} for job_id in ids]) + "\n", 202)
+    return json_response(f'{{"id": "{ids[0]}"}}\n', 202, {"Location": f"job/{ids[0]}"})
+
+
+@api.get("/job/<job_id>")
+async def show(job_id: str) -> Response:
+    wait = float(parse_query("wait").get("wait", 0))
+    finished = current_pool.waiters.setdefault(job_id, trio.Event())
+    found = await current_pool.store.get(job_id)
+    if wait and found and found[0] not in FINISHED and not current_pool.stopping.is_set():
+        with trio.move_on_after(wait):
+            await finished.wait()
+        found = await current_pool.store.get(job_id)
+    if found is None:
+        raise NotFound(f"there is no job {job_id[:80]!r}, or no more")
+    return json_response(found[1] + "\n")
+
+
+@api.delete("/job/<job_id>")
+async def cancel(job_id: str) -> Response:
+    parse_query("wait")  # refuse it before anything is done
+    status = await current_pool.store.cancel(job_id)
+    if status in FINISHED:
+        raise Conflict(f"the job is {status} already")
+    if status:
+        log.info("job %s: cancelled on request, it was %s", job_id, status)
+        finished = await current_pool.store.finished([job_id])  # not yet, if a thread runs it
+        current_pool.answer_waiters(finished)
+    return await show(job_id)
+
+
+@api.get("/")
+async def home() -> Any:
+    """Leads to the page; and tells a probe, which needs no token, whether Redis is there."""
+    await current_pool.store.ping()
+    return redirect("jobs")
+
+
+async def stream(fetch: Callable[..., Awaitable[Page]], page: Page) -> AsyncIterator[str]:
+    """A list of jobs, from its first page on, in constant memory."""
+    yield "[" + ",\n".join(page.jobs)
+    while page.cursor:
+        page = await fetch(page.cursor, CHUNK, CHUNK_BYTES)
+        yield "".join(",\n" + job for job in page.jobs)
+    yield "]\n"
+
+
+@api.get("/jobs")
+async def list_jobs() -> Response:
+    if wants_page():
+        return await live_page()
+    query = parse_query("status", "limit", "cursor", "cut")
+    status, cursor = Status(query["status"]) if "status" in query else None, query.get("cursor", "")
+    fetch = partial(current_pool.store.page, status, cut=int(query.get("cut", NO_LIMIT)))
+    if "limit" not in query:
+        first = await fetch(cursor, CHUNK, CHUNK_BYTES)  # before the answer begins: it may still be a 503
+        return json_response(stream(fetch, first), headers=LIST_HEADERS)
+    page = await fetch(cursor, int(query["limit"]), PAGE_BYTES)
+    counts = ", ".join(f"{name}={count}" for name, count in page.counts.items())
+    headers = LIST_HEADERS | {"Job-Counts": counts}
+    if page.oldest is not None:
+        headers["Job-Oldest-Seconds"] = f"{page.oldest:.3f}"
+    if page.cursor:
+        headers["Link"] = f'<jobs?{urlencode(query | {"cursor": page.cursor})}>; rel="next"'
+    return json_response("[" + ",\n".join(page.jobs) + "]\n", headers=headers)
 
 
 def create_app(pool: WorkerPool) -> QuartTrio:
     """The REST API, and the page that shows it to people."""
-    store, settings = pool.store, pool.settings
     app = QuartTrio(__name__, static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
-
-    own_name = re.compile(rf"([\w-]+|[\d.]+|\[[\da-f:.]+\]|{re.escape(settings.host)})(:\d+)?", re.I | re.A)
-
-    @app.before_request
-    async def check_caller() -> None:
-        """Ask for the API token; if none is set, the Host must be an address, HOST, or a name without a dot.
-
-        So no other web site gets through a visitor's browser: it could send neither application/json nor
-        DELETE, and read nothing, without this server's consent (CORS); and to pass for this server it would
-        have to give its own name another address (DNS rebinding), which the Host header betrays.
-        """
-        if problem := request.scope.get("problem"):
-            raise BadRequest(str(problem))
-        if request.path == "/":
-            return
-        if settings.api_token:
-            scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-            right = hmac.compare_digest(token.strip().encode(), settings.api_token.encode())
-            if not (scheme.lower() == "bearer" and right) and not wants_page():
-                raise Unauthorized(
-                    "send the header Authorization: Bearer, with the API token", www_authenticate=BEARER
-                )
-        elif not own_name.fullmatch(name := request.headers.get("Host", "")):
-            raise Forbidden(f"{name[:80]!r} is not a name of this server; to use another, set API_TOKEN")
-
-    @app.after_request
-    async def add_headers(response: Response) -> Response:
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        if response.mimetype == "text/html":  # the page has a policy of its own
-            response.headers.setdefault(
-                "Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"
-            )
-        if "Transfer-Encoding" in request.headers and "Content-Length" in request.headers:
-            response.headers["Connection"] = "close"  # perhaps a smuggled request (RFC 9112, 6.1)
-        return response
-
-    def wants_page() -> bool:
-        best = request.accept_mimetypes.best_match(["application/json", "text/html"])
-        return request.method in ("GET", "HEAD") and request.path == "/jobs" and best == "text/html"
-
-    @app.post("/job")
-    async def submit() -> Response:
-        if request.query_string:
-            raise BadRequest("POST /job has no parameters; a job's are fields of the body")
-        if request.mimetype != "application/json":
-            raise UnsupportedMediaType("the Content-Type must be application/json")
-        if request.headers.get("Content-Encoding", "identity") != "identity":
-            raise UnsupportedMediaType("the body must have no Content-Encoding")
-        if not pool.opened.is_set():
-            await open_pool(pool)
-        body = cast(bytes, await request.get_data())
-        jobs, is_array = parse_jobs(body, settings)
-        key, fingerprint = parse_key(request.headers.getlist("Idempotency-Key"), body)
-        ids = await store.submit(jobs, key, fingerprint, notify=len(jobs) > pool.notifier.sleeping)
-        pool.notifier.notify(len(jobs))
-        if ids is None:
-            raise UnprocessableEntity("this Idempotency-Key was used for another request")
-        if is_array:
-            return answer(json.dumps([{"id": job_id} for job_id in ids]) + "\n", 202)
-        return answer(f'{{"id": "{ids[0]}"}}\n', 202, {"Location": f"job/{ids[0]}"})
-
-    @app.get("/job/<job_id>")
-    async def show(job_id: str) -> Response:
-        wait = parse_wait()
-        finished = pool.waiters.setdefault(job_id, trio.Event())
-        found = await store.get(job_id)
-        if wait and found and found[0] not in FINISHED and not pool.stopping.is_set():
-            with trio.move_on_after(wait):
-                await finished.wait()
-            found = await store.get(job_id)
-        if found is None:
-            raise NotFound(f"there is no job {job_id[:80]!r}, or no more")
-        return answer(found[1] + "\n")
-
-    @app.delete("/job/<job_id>")
-    async def cancel(job_id: str) -> Response:
-        parse_wait()  # refuse it before anything is done
-        status = await store.cancel(job_id)
-        if status in FINISHED:
-            raise Conflict(f"the job is {status} already")
-        if status:
-            log.info("job %s: cancelled on request, it was %s", job_id, status)
-            pool.answer_waiters(await store.finished([job_id]))  # not yet, if a thread runs it
-        return await show(job_id)
-
-    @app.get("/")
-    async def home() -> Any:
-        """Leads to the page; and tells a probe, which needs no token, whether Redis is there."""
-        await store.ping()
-        return redirect("jobs")
-
-    @app.get("/jobs")
-    async def index() -> Response:
-        if wants_page():
-            return await live_page()
-        status, cursor, limit, cut = parse_query()
-        page = await store.page(status, cursor, limit or CHUNK, PAGE_BYTES if limit else CHUNK_BYTES, cut)
-        headers = {"Vary": "Accept", "Cache-Control": "no-store"}
-        if limit is None:
-            return answer(stream(status, page, cut), headers=headers)
-        headers["Job-Counts"] = ", ".join(f"{name}={count}" for name, count in page.counts.items())
-        if page.oldest is not None:
-            headers["Job-Oldest-Seconds"] = f"{page.oldest:.3f}"
-        if page.cursor:
-            query = {**request.args.to_dict(), "cursor": page.cursor}
-            headers["Link"] = f'<jobs?{urlencode(query)}>; rel="next"'
-        return answer("[" + ",\n".join(page.jobs) + "]\n", headers=headers)
-
-    async def stream(status: Status | None, page: Page, cut: int) -> AsyncIterator[str]:
-        yield "[" + ",\n".join(page.jobs)
-        while page.cursor:
-            page = await store.page(status, page.cursor, CHUNK, CHUNK_BYTES, cut)
-            yield "".join(",\n" + job for job in page.jobs)
-        yield "]\n"
-
-    async def live_page() -> Response:
-        """The page: it holds no jobs, its script asks for them. And it can load nothing from elsewhere."""
-        nonce = secrets.token_urlsafe(16)
-        text = await render_template("jobs.html", nonce=nonce, handlers=HANDLERS)
-        policy = (
-            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
-        headers = {"Content-Security-Policy": policy, "Vary": "Accept", "Cache-Control": "no-store"}
-        return Response(text, 200, headers, content_type="text/html; charset=utf-8")
-
-    @app.errorhandler(HTTPException)
-    async def refuse(error: HTTPException) -> Response:
-        text = error.description
-        if isinstance(error, NotFound) and has_request_context() and request.routing_exception:
-            text = f"there is nothing at {request.path[:80]}; try POST /job, GET /job/<id> or GET /jobs"
-        elif isinstance(error, MethodNotAllowed):
-            text = f"{request.method} is not possible here, only: {', '.join(error.valid_methods or ())}"
-        elif isinstance(error, RequestEntityTooLarge):
-            text = f"the body must be at most {settings.max_body_bytes:,} bytes"
-        headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
-        return answer(json.dumps({"error": text}) + "\n", error.code or 500, headers)
-
-    @app.errorhandler(redis.RedisError)
-    async def unavailable(error: redis.RedisError) -> Response:
-        pool.refused(error)
-        text = f"Redis cannot serve this now: {error}"
-        return answer(json.dumps({"error": text}) + "\n", 503, {"Retry-After": "1"})
-
+    app.config |= {"MAX_CONTENT_LENGTH": pool.settings.max_body_bytes, "POOL": pool}
+    app.register_blueprint(api)
     return app
 
 
@@ -1955,62 +1942,10 @@ BACKLOG = 1024  # connections that wait to be accepted
 RESERVED_DESCRIPTORS = 100  # those that clients cannot take: Redis must be reached whatever they do
 IDLE_CLIENT_SECONDS = 5.0  # how long a connection may wait for a request, or for the rest of its head
 SILENT_CLIENT_SECONDS = 30.0  # how long a client may take nothing of its answer
+YOUNG_SECONDS = 5.0  # a process that ends by itself so soon is not started again
+CONTROL = {n: ascii(chr(n))[1:-1] for n in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
+SECRETS = r"(?s)(?<=//)[^/]*@|[?#].*"  # of a URL: who logs in, and any options
 Resources = AbstractAsyncContextManager[object] | None
-
-
-async def serve(
-    settings: Settings,
-    listeners: Sequence[socket.socket],
-    early_signals: list[int],
-    resources: Resources = None,
-) -> None:
-    """Run the service until SIGINT or SIGTERM, and then in this order:
-
-    1. accept nothing more; the requests under way are answered;
-    2. idle workers leave, busy ones finish their job and report it, their leases still being renewed;
-    3. when the grace is over, or at a second signal, what still runs is cancelled and released;
-    4. the last commands reach Redis.
-    """
-    url = settings.redis_url
-    redis_connections = [RedisConnection(url) for _ in range(CONNECTIONS)] if url else []
-    transports: list[Transport] = [each.exchange for each in redis_connections] or [memory()]
-    pipeline = AutoPipeline(*transports)
-    pool = WorkerPool(Store(pipeline), settings)
-    app = create_app(pool)
-    async with trio.open_nursery() as connections:
-        connections.start_soon(guard, pool, pipeline.run)
-        for connection in redis_connections:
-            connections.start_soon(guard, pool, connection.watch)
-        async with trio.open_nursery() as background:
-            stop_on_signals(pool, early_signals)
-            for task in (inspect_redis, heartbeat, sweep, watch_handlers, leave_behind):
-                background.start_soon(guard, pool, task, pool)
-            if url:
-                background.start_soon(guard, pool, listen, RedisConnection(url), pool)
-            async with resources or nullcontext(), trio.open_nursery() as workers:
-                addresses = " and ".join(map(format_address, listeners))  # they listen already
-                log.info("listening on %s with %d workers; %s", addresses, settings.workers, where(url))
-                workers.start_soon(guard, pool, serve_http, app, listeners, pool)
-                for _ in range(settings.workers):
-                    workers.start_soon(guard, pool, work, pool)
-            background.cancel_scope.cancel()
-        connections.cancel_scope.cancel()
-    log.info("stopped")
-    for number in SIGNALS:  # now, or one that comes while Trio ends would be a line about its own pipe
-        signal.signal(number, signal.SIG_IGN)
-
-
-def where(url: str) -> str:
-    """Where the jobs are kept, without a password."""
-    if not url:
-        return "jobs are kept in memory, and vanish at exit: set REDIS_URL to keep them"
-    parts = urlsplit(url)
-    return f"jobs are kept in {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def format_address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class OnlyHTTP11(h11.Connection):
@@ -2021,12 +1956,9 @@ class OnlyHTTP11(h11.Connection):
         if isinstance(event, h11.Request):
             if event.http_version not in (b"1.0", b"1.1"):
                 raise h11.RemoteProtocolError("only HTTP/1.1 is spoken here", 505)
-            if any(name == b"upgrade" for name, _ in event.headers):
-                headers = [header for header in event.headers if header[0] != b"upgrade"]
-                version = event.http_version
-                event = h11.Request(
-                    method=event.method, target=event.target, headers=headers, http_version=version
-                )
+            kept = [header for header in event.headers if header[0] != b"upgrade"]
+            if len(kept) < len(event.headers):
+                return replace(event, headers=cast(Any, kept))
         return event
 
 
@@ -2040,30 +1972,34 @@ class Client:
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self._scope = trio.CancelScope()  # around all that the connection does
-        self._reading = trio.CancelScope()  # which has a deadline while no request is under way
-        self.is_idle = True
+        # Around the reading of requests: it has a deadline while none is under way.
+        self._reading = trio.CancelScope(deadline=trio.current_time() + IDLE_CLIENT_SECONDS)
 
-    async def run(self, app: ASGIWrapper, config: hypercorn.Config, context: WorkerContext) -> None:
+    async def run(self, make_protocol: Callable[..., H11Protocol]) -> None:
+        """Serve the client until either side closes the connection."""
         try:
             with self._scope:
                 async with self._stream, TaskGroup() as tasks:
                     ends = self._stream.socket.getpeername()[:2], self._stream.socket.getsockname()[:2]
                     state = ConnectionState(cast(Any, {}))
-                    made = app, config, context, tasks, state, False, *ends, self._send
-                    await self._read(H11Protocol(*made))
+                    await self._read(make_protocol(tasks, state, False, *ends, self._send))
         except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the client went away
         except* Exception as errors:
             log.warning("a connection broke: %s", describe(errors))
             log.debug("the traceback", exc_info=errors)
 
+    def close_if_idle(self) -> None:
+        """Close the connection now if no request is under way; otherwise hypercorn does so after it."""
+        if self._reading.deadline < math.inf:
+            self._reading.cancel()
+
     async def _read(self, protocol: H11Protocol) -> None:
         protocol.connection = OnlyHTTP11(h11.SERVER, protocol.config.h11_max_incomplete_size)
-        self._reading.deadline = trio.current_time() + IDLE_CLIENT_SECONDS
         with self._reading:
             while data := await self._stream.receive_some(65_536):
                 await protocol.handle(RawData(bytes(data)))
-        await protocol.handle(Closed())
+        self._scope.cancel()  # without its client, a request ends
 
     async def _send(self, event: Event) -> None:
         if isinstance(event, RawData):
@@ -2076,14 +2012,8 @@ class Client:
             except (OSError, trio.ClosedResourceError):
                 self._scope.cancel()  # nobody takes the answer: what makes it ends, too
         elif isinstance(event, Updated):
-            self.is_idle = event.idle
             self._reading.deadline = trio.current_time() + IDLE_CLIENT_SECONDS if event.idle else math.inf
         else:  # Closed, after the last answer
-            self._reading.cancel()
-
-    def stop(self) -> None:
-        """Close the connection now if no request is under way; otherwise hypercorn does so after it."""
-        if self.is_idle:
             self._reading.cancel()
 
 
@@ -2097,47 +2027,49 @@ def count_places(workers: int) -> int:
     return max(16, most - RESERVED_DESCRIPTORS - 2 * workers)
 
 
-async def serve_http(app: QuartTrio, listeners: Sequence[socket.socket], pool: WorkerPool) -> None:
+async def accept(listener: trio.SocketListener, places: trio.Semaphore) -> trio.SocketStream:
+    """The next connection, once there is a place for it: until then it waits in the backlog."""
+    await places.acquire()
+    while True:
+        try:
+            return await listener.accept()
+        except OSError as error:
+            log.warning("a connection could not be accepted: %s", error)
+            await trio.sleep(AGAIN_SECONDS)
+
+
+async def serve_http(pool: WorkerPool, listeners: Sequence[socket.socket]) -> None:
     """Serve until the pool is stopping; then answer what is under way, until its deadline."""
     config, context, clients = hypercorn.Config(), WorkerContext(None), set[Client]()
-    config.errorlog = logging.getLogger("hypercorn.error")
-    config.include_server_header = False
+    config.errorlog, config.include_server_header = logging.getLogger("hypercorn.error"), False
+    make_protocol = partial(H11Protocol, ASGIWrapper(partial(protect, create_app(pool))), config, context)
     places = trio.Semaphore(count_places(pool.settings.workers))
-    wrapped = ASGIWrapper(in_order(app))
 
     async def serve_client(stream: trio.SocketStream) -> None:
         client = Client(stream)
         clients.add(client)
-        try:
-            await client.run(wrapped, config, context)
-        finally:
-            clients.remove(client)
-            places.release()
+        await client.run(make_protocol)
+        clients.remove(client)
+        places.release()
 
-    async def accept(listener: trio.SocketListener) -> None:
-        async with listener:
+    async def serve_listener(listener: socket.socket) -> None:
+        async with trio.SocketListener(trio.socket.from_stdlib_socket(listener)) as accepts:
             while True:
-                await places.acquire()  # without one, a connection waits in the backlog
-                try:
-                    serving.start_soon(serve_client, await listener.accept())
-                except OSError as error:
-                    places.release()
-                    log.warning("a connection could not be accepted: %s", error)
-                    await trio.sleep(AGAIN_SECONDS)
+                serving.start_soon(serve_client, await accept(accepts, places))
 
     with pool.requests:
         async with trio.open_nursery() as serving:
             async with trio.open_nursery() as accepting:
-                for each in map(trio.socket.from_stdlib_socket, listeners):
-                    accepting.start_soon(accept, trio.SocketListener(each))
+                for each in listeners:
+                    accepting.start_soon(serve_listener, each)
                 await pool.stopping.wait()
                 accepting.cancel_scope.cancel()
             await context.terminated.set()
             for client in clients:
-                client.stop()
+                client.close_if_idle()
 
 
-async def guard(pool: WorkerPool, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+async def crash_on_bug(pool: WorkerPool, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
     """Run a task of the service. A bug in it ends the process, and is logged at once: that may take long."""
     try:
         await task(*arguments)
@@ -2148,7 +2080,7 @@ async def guard(pool: WorkerPool, task: Callable[..., Awaitable[None]], *argumen
         raise
 
 
-def stop_on_signals(pool: WorkerPool, early_signals: Iterable[int]) -> None:
+def stop_on_signals(pool: WorkerPool) -> None:
     """Stop the pool at the first signal, and without any grace at the second.
 
     A plain signal handler: it runs even while a job's handler blocks the event loop. So it only does what may
@@ -2156,58 +2088,91 @@ def stop_on_signals(pool: WorkerPool, early_signals: Iterable[int]) -> None:
     """
     token = trio.lowlevel.current_trio_token()
     graces = itertools.chain([pool.settings.shutdown_grace_seconds], itertools.repeat(0.0))
-
-    def stop(number: int, grace: float) -> None:
-        log.info("%s: stopping; what runs has %g s to finish", signal.Signals(number).name, grace)
-        pool.stop(grace)
+    text = "%s: stopping; what runs has %g s to finish"
 
     def on_signal(number: int, _frame: object) -> None:
         grace = next(graces)
         end_process(pool, grace + EXIT_SECONDS)
         with suppress(trio.RunFinishedError):
-            token.run_sync_soon(stop, number, grace)
+            token.run_sync_soon(log.info, text, signal.Signals(number).name, grace)
+            token.run_sync_soon(pool.stop, grace)
 
     for number in SIGNALS:
         signal.signal(number, on_signal)
-    for early in early_signals:
-        on_signal(early, None)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which `main` holds back
 
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+def format_address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve(settings: Settings, listeners: Sequence[socket.socket], resources: Resources = None) -> None:
+    """Run the service until SIGINT or SIGTERM, and then in this order:
+
+    1. accept nothing more; the requests under way are answered;
+    2. idle workers leave, busy ones finish their job and report it, their leases still being renewed;
+    3. when the grace is over, or at a second signal, what still runs is cancelled and released;
+    4. the last commands reach Redis.
+    """
+    url = settings.redis_url
+    redis_connections = [RedisConnection(url) for _ in range(CONNECTIONS)] if url else []
+    transports: list[Transport] = [each.exchange for each in redis_connections] or [memory()]
+    pipeline = AutoPipeline(*transports)
+    pool = WorkerPool(Store(pipeline), settings)
+    run = partial(crash_on_bug, pool)
+    async with trio.open_nursery() as connections:
+        for carry in (pipeline.run, *[each.watch for each in redis_connections]):
+            connections.start_soon(run, carry)
+        async with trio.open_nursery() as background:
+            stop_on_signals(pool)
+            for task in (inspect_redis, heartbeat, sweep, watch_handlers, leave_behind):
+                background.start_soon(run, task, pool)
+            if url:
+                background.start_soon(run, listen, RedisConnection(url), pool)
+            async with resources or nullcontext(), trio.open_nursery() as workers:
+                addresses = " and ".join(map(format_address, listeners))  # they listen already
+                place = re.sub(SECRETS, "", url) or "memory, and vanish at exit: set REDIS_URL to keep them"
+                text = "listening on %s with %d workers; jobs are kept in %s"
+                log.info(text, addresses, settings.workers, place)
+                workers.start_soon(run, serve_http, pool, listeners)
+                for _ in range(settings.workers):
+                    workers.start_soon(run, work, pool)
+            background.cancel_scope.cancel()
+        connections.cancel_scope.cancel()
+    log.info("stopped")
+    for number in SIGNALS:  # now, or one that comes while Trio ends would be a line about its own pipe
+        signal.signal(number, signal.SIG_IGN)
 
 
 class OneLine(logging.Formatter):
-    """Nothing that is logged, wherever it comes from, can look like another line, or command a terminal."""
+    """Each entry is one line, and names the job whose handler said it.
+
+    Nothing that is logged, wherever it comes from, can look like another line, or command a terminal.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        return self._escape(super().formatMessage(record))
+        time = datetime.fromtimestamp(record.created).isoformat(" ", "milliseconds")
+        attempt = _attempt.get(None)
+        job = f"job {attempt.claim.id}: " if attempt else ""
+        return f"{time} {record.levelname:7} {(job + record.message).translate(CONTROL)}"
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
-        return "\n".join("  " + self._escape(line) for line in super().formatException(ei).split("\n"))
-
-    def _escape(self, text: str) -> str:
-        return CONTROL.sub(lambda character: ascii(character[0])[1:-1], text)
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("  " + line.translate(CONTROL) for line in lines)
 
 
 def set_up_logging(level: str) -> None:
-    """Log to stderr; what is said while a job runs, by its handler too, names the job.
+    """Log to stderr. Caller, thread and process are not looked up, since no line shows them.
 
-    Caller, thread and process are not looked up, since no line shows them: it would cost a third more
-    (Logging HOWTO, "Optimization").
+    They would cost a third more (Logging HOWTO, "Optimization").
     """
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-
-    def add_job(record: logging.LogRecord) -> bool:
-        attempt = _attempt.get(None)
-        record.job = f"job {attempt.claim.id}: " if attempt else ""
-        record.time = datetime.fromtimestamp(record.created).isoformat(" ", "milliseconds")
-        return True
-
-    handler = logging.StreamHandler()
-    handler.addFilter(add_job)
-    handler.setFormatter(OneLine("%(time)s %(levelname)-7s %(job)s%(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(OneLine())
+    logging.basicConfig(level=level.upper(), handlers=[to_stderr])
     logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
 
 
@@ -2219,48 +2184,35 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
         family = socket.AF_INET6 if ":" in name else socket.AF_INET
         try:
             listeners.append(socket.create_server((name, port), family=family, backlog=BACKLOG))
+            port = listeners[-1].getsockname()[1]  # the same for both, also when any would do
         except OSError as error:
             has_none = not listeners and name == names[-1]  # otherwise the host has one family alone
             if error.errno == errno.EADDRINUSE or has_none:
                 sys.exit(f"{PROGRAM}: cannot listen on {host}, port {port}: {error.strerror}")
-        else:
-            port = listeners[-1].getsockname()[1]  # the same for both, also when any would do
     return listeners
 
 
-def note_signals(noted: list[int]) -> None:
-    """Let the signals that come from now on be noted there, and do nothing else."""
-    for number in SIGNALS:
-        signal.signal(number, lambda number, _: noted.append(number))
+def stop_with_parent(parent: int) -> None:
+    """Stop this process once its parent is gone, even if that was killed."""
+    while os.getppid() == parent:
+        time.sleep(TICK_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-def become_child(parent: int, early_signals: list[int]) -> None:
-    """What a new process does first. `parent` is a pipe that ends with the process that forked this one."""
-
-    def stop_with_parent() -> None:
-        os.read(parent, 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    note_signals(early_signals)
-    if sys.platform != "win32":
-        os.setpgrp()  # a Ctrl+C is for the parent to pass on: to get it twice would end the grace
-    random.seed()
-    threading.Thread(target=stop_with_parent, daemon=True).start()
-
-
-def fork_processes(count: int, listeners: Sequence[socket.socket], early_signals: list[int]) -> None:
+def fork_processes(count: int, listeners: Sequence[socket.socket]) -> None:
     """Return in `count` child processes, and never in this one, which looks after them.
 
-    It passes signals on, starts again what dies, and ends with the worst of the exit statuses.
+    It passes signals on, starts again what dies, and ends with the worst of the exit statuses. One that fails
+    as soon as it has begun is not started again, but ends them all.
     """
     if sys.platform == "win32":
         return  # never: Settings refuses it
-    children, worst, is_stopping = set[int](), 0, False
-    parent, held_open = os.pipe()
+    children = dict[int, float]()  # when each began, by its process id
+    parent, worst = os.getpid(), 0
 
-    def stop(number: int, _frame: object = None) -> None:
-        nonlocal is_stopping
-        is_stopping = True
+    def pass_on(number: int, _frame: object = None) -> None:
+        nonlocal count
+        count = 0  # none is to be started again
         for each in listeners:
             each.close()  # or clients would wait in a backlog that nobody empties
         for pid in children:
@@ -2268,41 +2220,41 @@ def fork_processes(count: int, listeners: Sequence[socket.socket], early_signals
                 os.kill(pid, number)
 
     for number in SIGNALS:
-        signal.signal(number, stop)
-    for early in early_signals:
-        stop(early)
-    while children or not is_stopping:
-        while len(children) < count and not is_stopping:
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a signal is to meet all children, or none
-            if child := os.fork():
-                children.add(child)
-            else:
-                os.close(held_open)
-                become_child(parent, early_signals)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            if not child:
+        signal.signal(number, pass_on)
+    while children or count:
+        if len(children) < count:
+            if (child := os.fork()) == 0:
+                os.setpgrp()  # a Ctrl+C is for the parent to pass on: to get it twice would end the grace
+                threading.Thread(target=stop_with_parent, args=(parent,), daemon=True).start()
                 return
-        child, waited = os.wait()
-        if child not in children:  # the first process of a container is given those that lost their parent
+            children[child] = time.monotonic()
             continue
-        children.remove(child)
+        # Signals come only here: each must meet all children, so none may come while one is being forked.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        child, waited = os.wait()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         status = os.waitstatus_to_exitcode(waited)  # negative: of the signal that killed it
-        if is_stopping:
-            worst = max(worst, abs(status))
-        else:
+        began = children.pop(child, None)
+        if began is None:  # the first process of a container is given those that lost their parent
+            continue
+        if count and status > 0 and time.monotonic() < began + YOUNG_SECONDS:
+            pass_on(signal.SIGTERM)  # another would end so, too: the keys in Redis have another layout, say
+        if count:
             log.error("process %d is gone, with status %d: another one starts", child, status)
             time.sleep(AGAIN_SECONDS)
+        else:
+            worst = max(worst, abs(status))
     sys.exit(worst)
 
 
 def main(resources: Resources = None) -> None:
-    """Read the settings, listen, serve. A signal before and after that is only taken note of.
+    """Read the settings, listen, serve. A signal that comes before `serve` waits for it, but on Windows.
 
     `resources` is what handlers share, such as a pool of connections: it is entered before the first job, and
     left after the last.
     """
-    early_signals: list[int] = []
-    note_signals(early_signals)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     settings = Settings.read(sys.argv[1:], os.environ)
     set_up_logging(settings.log_level)
     if settings.smtp_url:
@@ -2311,8 +2263,8 @@ def main(resources: Resources = None) -> None:
         log.warning("anybody who reaches %s may use this queue: set API_TOKEN", settings.host)
     listeners = open_listeners(settings.host.strip("[]"), settings.port)
     if settings.processes != 1:
-        fork_processes(settings.processes or os.cpu_count() or 1, listeners, early_signals)
-    trio.run(serve, settings, listeners, early_signals, resources)
+        fork_processes(settings.processes or os.cpu_count() or 1, listeners)
+    trio.run(serve, settings, listeners, resources)
 
 
 if __name__ == "__main__":

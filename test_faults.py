@@ -733,6 +733,18 @@ def test_the_worst_status_of_the_processes_is_that_of_the_program(
     assert program.process.wait(PATIENCE_SECONDS) not in (0, None)
 
 
+def test_processes_that_find_another_layout_are_not_started_again(
+    service: Start, redis_server: RedisServer
+) -> None:
+    program = service(redis_server.url)
+    eventually(lambda: redis_server.client.get(PREFIX + "layout") == jobqueue.LAYOUT)
+    assert program.stop() == 0
+    redis_server.client.set(PREFIX + "layout", "99")
+    program = service(redis_server.url, "--processes", "2")
+    assert program.process.wait(PATIENCE_SECONDS) == 1
+    assert program.log.count("CRITICAL Redis has jobs of another version") <= 2
+
+
 def test_shutdown_with_a_half_sent_request(graceful: Start, redis_server: RedisServer) -> None:
     program = graceful(redis_server.url)
     head = POST + b"99\r\n\r\n{"
