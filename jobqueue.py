@@ -84,10 +84,6 @@ from hypercorn.typing import ConnectionState
 from msgspec import UNSET, Meta, UnsetType
 from quart import Response, has_request_context, redirect, render_template, request
 from quart_trio import QuartTrio
-from redis.backoff import NoBackoff
-from redis.maint_notifications import MaintNotificationsConfig
-from redis.retry import Retry
-from redis.sentinel import MasterNotFoundError, Sentinel
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import (
     BadRequest,
@@ -522,44 +518,45 @@ pack_command: Callable[[Command], bytes] = cast(Any, hiredis.pack_command)  # wh
 WORDS = "READONLY|MASTERDOWN|MOVED|ASK|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|LOADING"
 UNFIT = re.compile(rf"(ERR Error running script.* -)?({WORDS})\b")
 SENTINEL_URL = re.compile(r"(rediss?)\+sentinel://(.*@)?([^/@?]+)/([^/?]+)(/.*)?")
-SENTINEL_OPTIONS = re.compile("username|password|retry|protocol|socket_(connect_)?timeout|ssl_.*")
 
 
 class RedisAddress:
     """Where a URL leads: to Redis, or to sentinels that know where it is. ValueError if it leads nowhere."""
 
     def __init__(self, url: str) -> None:
-        self._sentinels: list[tuple[str, int]] = []
+        self._sentinels: list[tuple[str | None, int]] = []
         if match := SENTINEL_URL.fullmatch(url):
             scheme, credentials, hosts, self._name, path = match.groups("")
             addresses = [urlsplit(f"//{host}") for host in hosts.split(",")]
-            self._sentinels = [(each.hostname or "", each.port or 26379) for each in addresses]
+            self._sentinels = [(each.hostname, each.port or 26379) for each in addresses]
             url = f"{scheme}://{credentials}{path}"
         pool = redis.ConnectionPool.from_url(url)
-        patience = {"socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
-        never = Retry(NoBackoff(), 0)  # `Store` says what is sent again
-        self._class = pool.connection_class
-        self._options = pool.connection_kwargs | patience | {"protocol": 2, "retry": never}
+        ours = {"protocol": 2, "socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
+        self._class, self._options = pool.connection_class, pool.connection_kwargs | ours
         self._class(**self._options)  # which refuses what it does not know
 
-    def connect(self, moved: tuple[str, int] | None) -> Any:
-        """A connection that redis-py opened; this blocks. `moved` is where to, if Redis said so."""
-        options = dict(self._options)
-        if moved or self._sentinels:
-            options["host"], options["port"] = moved or self._ask_sentinels()
-        connection = self._class(**options)
+    def _open(self, **differences: Any) -> Any:
+        connection = self._class(**self._options | differences)
         connection.connect()
         return connection
 
     def _ask_sentinels(self) -> tuple[str, int]:
-        own = {name: value for name, value in self._options.items() if SENTINEL_OPTIONS.fullmatch(name)}
-        own["ssl"] = issubclass(self._class, redis.SSLConnection)
-        own["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)  # it needs protocol 3
-        for credentials in ({}, {"username": None, "password": None}):  # sentinels often have no password
-            sentinel = cast(Any, Sentinel)(self._sentinels, sentinel_kwargs=own | credentials)
-            with suppress(MasterNotFoundError):
-                return cast(tuple[str, int], sentinel.discover_master(self._name))
+        """Where the primary is, from the first sentinel that says so; they often have no password."""
+        nobody: dict[str, Any] = {"username": None, "password": None}
+        for credentials, (host, port) in itertools.product(({}, nobody), self._sentinels):
+            with suppress(redis.RedisError):
+                sentinel = self._open(host=host, port=port, db=0, decode_responses=True, **credentials)
+                sentinel.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._name)
+                if found := sentinel.read_response():
+                    return found[0], int(found[1])
         raise redis.ConnectionError(f"no sentinel knows a primary {self._name!r}")
+
+    def connect(self, moved: tuple[str, int] | None) -> Any:
+        """A connection that redis-py opened; this blocks. `moved` is where to, if Redis said so."""
+        if not moved and not self._sentinels:
+            return self._open()
+        host, port = moved or self._ask_sentinels()
+        return self._open(host=host, port=port)
 
 
 class RedisConnection:
@@ -571,77 +568,25 @@ class RedisConnection:
         self._connection: Any = None
         self._give_up_at = math.inf  # unless the exchange that is under way makes progress
 
-    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
-        """Send commands and receive their replies; a refusal is a ResponseError among them.
-
-        Raises redis.ConnectionError or TimeoutError; then nobody knows which were carried out.
-        """
-        replies: list[Any] = []
-        self._give_up_at = trio.current_time() + REPLY_SECONDS
-        try:
-            if self._connection is None:
-                with trio.fail_after(REPLY_SECONDS):
-                    await self._connect()
-            await self._send(b"".join(map(pack_command, commands)))
-            while len(replies) < len(commands):
-                await self._receive()
-                while (reply := self._reader.gets()) is not NOT_YET:
-                    if isinstance(reply, redis.ConnectionError):  # UNFIT
-                        raise reply
-                    replies.append(reply)
-            if len(replies) > len(commands) or self._reader.has_data():
-                raise redis.ConnectionError("Redis sent more than it was asked for")
-            return replies
-        except BaseException as error:  # Cancelled too: a late reply must not meet the next exchange
-            self.hang_up()
-            if isinstance(error, Exception) and trio.current_time() >= self._give_up_at:
-                raise redis.TimeoutError(f"no progress for {REPLY_SECONDS:g} s") from None
-            if isinstance(error, OSError | UnicodeError):  # the latter is what an impossible host name gives
-                raise redis.ConnectionError(str(error)) from None
-            raise
-        finally:
-            self._give_up_at = math.inf
-
-    async def watch(self) -> None:
-        """Cut off each exchange that makes no progress. A scope around each would cost 5 % of the drain."""
-        while True:
-            await trio.sleep(REPLY_SECONDS / 10)
-            if self._connection and trio.current_time() >= self._give_up_at:
-                with suppress(OSError):  # it was closed at the other end
-                    self._socket.shutdown(socket.SHUT_RDWR)  # whoever waits for it wakes up
-
-    async def message(self) -> Any:
-        """The next message of a channel that was subscribed to, however long it takes."""
-        while (reply := self._reader.gets()) is NOT_YET:
-            await self._receive()
-        return reply
-
-    async def ping(self) -> None:
-        """Ask for a sign of life on a connection that subscribed; a message serves as well as the reply."""
-        await self._send(pack_command(("PING",)))
-        await self.message()
-
-    def hang_up(self) -> None:
-        if self._connection is not None:
-            self._connection.disconnect()
-            self._connection = None
-
     async def _connect(self) -> None:
         moved, self._moved = self._moved, None  # after a failure there, the configured address is used again
         connect = self._address.connect
-        self._connection = await trio.to_thread.run_sync(connect, moved, abandon_on_cancel=True)
+        with trio.fail_after(REPLY_SECONDS):
+            self._connection = await trio.to_thread.run_sync(connect, moved, abandon_on_cancel=True)
         self._moved = moved
         self._socket: socket.socket = self._connection._sock  # private: redis-py has no other way to it
         self._socket.setblocking(False)
         self._reader = hiredis.Reader(redis.ConnectionError, self._refusal, "utf-8", "replace", NOT_YET)
 
     def _refusal(self, text: str) -> Exception:
+        """The error that is the reply to one command. One that concerns all is raised, out of the reader."""
+        if text.startswith("NOSCRIPT"):
+            return redis.exceptions.NoScriptError(text)
         if not UNFIT.match(text):
-            is_unknown_script = text.startswith("NOSCRIPT")
-            return (redis.exceptions.NoScriptError if is_unknown_script else redis.ResponseError)(text)
+            return redis.ResponseError(text)
         if moved := re.search(r"MOVED \d+ (\S*):(\d+)", text):
             self._moved = moved[1].strip("[]") or self._connection.host, int(moved[2])
-        return redis.ConnectionError(text)
+        raise redis.ConnectionError(text)
 
     async def _send(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -662,6 +607,56 @@ class RedisConnection:
             self._reader.feed(data)
             self._give_up_at = trio.current_time() + REPLY_SECONDS
 
+    async def message(self) -> Any:
+        """The next message of a channel that was subscribed to, however long it takes."""
+        while (reply := self._reader.gets()) is NOT_YET:
+            await self._receive()
+        return reply
+
+    async def ping(self) -> None:
+        """Ask for a sign of life on a connection that subscribed; a message serves as well as the reply."""
+        await self._send(pack_command(("PING",)))
+        await self.message()
+
+    def hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.disconnect()
+            self._connection = None
+
+    async def watch(self) -> None:
+        """Cut off each exchange that makes no progress. A scope around each would cost 5 % of the drain."""
+        while True:
+            await trio.sleep(REPLY_SECONDS / 10)
+            if self._connection and trio.current_time() >= self._give_up_at:
+                with suppress(OSError):  # it was closed at the other end
+                    self._socket.shutdown(socket.SHUT_RDWR)  # whoever waits for it wakes up, and fails
+
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands and receive their replies; a refusal is a ResponseError among them.
+
+        Raises redis.ConnectionError or TimeoutError; then nobody knows which were carried out.
+        """
+        replies: list[Any] = []
+        self._give_up_at = trio.current_time() + REPLY_SECONDS
+        try:
+            if self._connection is None:
+                await self._connect()
+            await self._send(b"".join(map(pack_command, commands)))
+            while len(replies) < len(commands):
+                await self._receive()
+                replies += iter(self._reader.gets, NOT_YET)
+            if len(replies) > len(commands) or self._reader.has_data():
+                raise redis.ConnectionError("Redis sent more than it was asked for")
+        except BaseException as error:  # Cancelled too
+            self.hang_up()  # or a late reply would meet the next exchange
+            if isinstance(error, Exception) and trio.current_time() >= self._give_up_at:
+                raise redis.TimeoutError(f"no progress for {REPLY_SECONDS:g} s") from None
+            if isinstance(error, OSError | UnicodeError):  # the latter is what an impossible host name gives
+                raise redis.ConnectionError(str(error)) from None
+            raise
+        self._give_up_at = math.inf  # or the watch would cut off a connection that has nothing to do
+        return replies
+
 
 def memory() -> Transport:
     """Carries commands to a Redis in the memory of this process."""
@@ -679,6 +674,9 @@ def memory() -> Transport:
     return lambda commands: trio.to_thread.run_sync(exchange, commands, limiter=one_by_one)
 
 
+Batch = list[tuple[Command, trio.lowlevel.Task]]  # each command with its caller
+
+
 class AutoPipeline:
     """Redis for many tasks at once.
 
@@ -687,16 +685,63 @@ class AutoPipeline:
     >>> await pipeline.call("INCR", "a")
     1
 
-    Invariants: a caller sleeps from when its command is queued until its reply is there. Both leave the
-    queue together; from then on that transport alone wakes the caller. And while commands are queued no
-    transport is idle, or one has been woken for them.
+    Two invariants. A caller sleeps from when its command is queued until it is woken, once, by the transport
+    that took the command out of the queue. And while a command is queued, not all transports are parked.
     """
 
     def __init__(self, *transports: Transport) -> None:
         self._transports = transports
-        self._idle: list[trio.lowlevel.Task] = []  # transports with nothing to carry; last in, first out
-        self._queue: list[tuple[Command, trio.lowlevel.Task]] = []  # each command with its caller
+        self._idle = trio.lowlevel.ParkingLot()  # for transports that have nothing to carry
+        self._queue: Batch = []
         self._away = False
+
+    def _note(self, error: redis.RedisError | None) -> None:
+        if error and not self._away:
+            log.warning("Redis is away: %s; waiting for it", error)
+        elif self._away and not error:
+            log.info("Redis is back")
+        self._away = error is not None
+
+    def _take_batch(self) -> Batch:
+        """All that is queued; or, if the other transport is idle, half of it, and the other one is woken."""
+        share = -(-len(self._queue) // (1 + len(self._idle)))
+        batch, self._queue = self._queue[:share], self._queue[share:]
+        if self._queue:
+            self._idle.unpark()
+        return batch
+
+    def _wake(self, batch: Batch, replies: Sequence[Any]) -> None:
+        for (_, caller), reply in zip(batch, replies, strict=True):
+            trio.lowlevel.reschedule(caller, outcome.Value(reply))
+
+    def _fail(self, batch: Batch, error: redis.RedisError) -> None:
+        """Wake the callers of a batch, and of what came meanwhile: that would only time out in its turn."""
+        batch, self._queue = batch + self._queue, []
+        self._wake(batch, [type(error)(*error.args) for _ in batch])  # one each, as each gets a traceback
+
+    async def _carry(self, transport: Transport) -> None:
+        """Carry batch after batch. Whatever a transport does, it ends in `_wake` for the whole batch."""
+        while True:
+            while not self._queue:  # again, as another transport may have taken what this one was woken for
+                await self._idle.park()
+            batch = self._take_batch()
+            try:
+                replies = await transport([command for command, _ in batch])
+            except redis.RedisError as error:
+                self._note(error)
+                self._fail(batch, error)
+            except BaseException:  # a bug, or Cancelled: nobody else could wake these callers
+                self._fail(batch, redis.ConnectionError("the connection was cut off"))
+                raise
+            else:
+                self._note(None)
+                self._wake(batch, replies)
+
+    async def run(self) -> None:
+        """Carry the commands. Cancel it only when nobody calls any more."""
+        async with trio.open_nursery() as nursery:
+            for transport in self._transports:
+                nursery.start_soon(self._carry, transport)
 
     async def call(self, *command: str | int) -> Any:
         """The reply to a command.
@@ -708,59 +753,11 @@ class AutoPipeline:
         await trio.lowlevel.checkpoint_if_cancelled()
         self._queue.append((command, trio.lowlevel.current_task()))
         if len(self._queue) == 1:  # otherwise a transport was woken before, or none is idle
-            self._wake_transport()
+            self._idle.unpark()
         reply = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
         if isinstance(reply, Exception):
             raise reply
         return reply
-
-    async def run(self) -> None:
-        """Carry the commands. Cancel it only when nobody calls any more."""
-        async with trio.open_nursery() as nursery:
-            for transport in self._transports:
-                nursery.start_soon(self._carry, transport)
-
-    async def _carry(self, transport: Transport) -> None:
-        """Carry batch after batch; give each caller its reply, or the error that befell the whole batch."""
-        while True:
-            while not self._queue:  # again, when another transport took what this one was woken for
-                self._idle.append(trio.lowlevel.current_task())
-                await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
-            batch = self._take_batch()
-            lost: redis.RedisError | None = redis.ConnectionError("the connection was cut off")
-            try:
-                replies = await transport([command for command, _ in batch])
-                if len(replies) != len(batch):
-                    raise RuntimeError(f"{len(replies)} replies to {len(batch)} commands")
-                lost = None
-            except redis.RedisError as error:
-                lost = error
-            finally:  # also after a bug nobody may wait for ever
-                if lost:  # what came meanwhile shares the fate, rather than to wait for another time limit
-                    batch, self._queue = batch + self._queue, []
-                    replies = [type(lost)(*lost.args) for _ in batch]
-                for (_, caller), reply in zip(batch, replies, strict=True):
-                    trio.lowlevel.reschedule(caller, outcome.Value(reply))
-            self._note(lost)
-
-    def _take_batch(self) -> list[tuple[Command, trio.lowlevel.Task]]:
-        """All that is queued; or, if the other transport is idle, half of it, and the other one is woken."""
-        share = -(-len(self._queue) // (1 + len(self._idle)))
-        batch, self._queue = self._queue[:share], self._queue[share:]
-        if self._queue:
-            self._wake_transport()
-        return batch
-
-    def _wake_transport(self) -> None:
-        if self._idle:
-            trio.lowlevel.reschedule(self._idle.pop())
-
-    def _note(self, error: redis.RedisError | None) -> None:
-        if error and not self._away:
-            log.warning("Redis is away: %s; waiting for it", error)
-        elif self._away and not error:
-            log.info("Redis is back")
-        self._away = error is not None
 
 
 # ── Store ───────────────────────────────────────────────────────────────────────────────────────
