@@ -508,6 +508,7 @@ async def long(seconds: float = 2) -> None:
 
 Command = tuple[str | int, ...]
 Transport = Callable[[Sequence[Command]], Awaitable[list[Any]]]  # carries a batch, returns as many replies
+Batch = list[tuple[Command, trio.lowlevel.Task]]  # each command with its caller
 
 CONNECTIONS = 2  # with one the drain is 40 % slower, and a third makes the batches too small
 REPLY_SECONDS = 2.5  # without progress, and a try has failed; there are two, so a client has its 503 in 6 s
@@ -674,9 +675,6 @@ def memory() -> Transport:
     return lambda commands: trio.to_thread.run_sync(exchange, commands, limiter=one_by_one)
 
 
-Batch = list[tuple[Command, trio.lowlevel.Task]]  # each command with its caller
-
-
 class AutoPipeline:
     """Redis for many tasks at once.
 
@@ -801,22 +799,20 @@ end
 
 local function unlist(id) redis.call('ZREM', P .. 'started', id) end  -- of nothing: begin by taking away
 
-local function finish(id, status, ...)
+local function move(id, place, time, ...)  -- out of `processing`; in this order, as the first two rules say
   unlist(id)
-  redis.call('ZREM', P .. (status == 'failed' and 'completed' or 'failed'), id)  -- perhaps a stray
-  redis.call('ZADD', P .. status, now, id)
-  redis.call('HSET', P .. 'job:' .. id, 'status', status, 'finished_at', now, ...)
+  if place == 'queue' then push('RPUSH', id) else redis.call('ZADD', P .. place, time, id) end
+  redis.call('HSET', P .. 'job:' .. id, 'status', ...)
   redis.call('ZREM', P .. 'processing', id)
 end
 
--- Fail a job that its worker did not report; the other token refuses a late report.
-local function fail(id, reason, token) finish(id, 'failed', 'error', reason, 'token', token or '') end
+local function finish(id, status, ...)
+  redis.call('ZREM', P .. (status == 'failed' and 'completed' or 'failed'), id)  -- perhaps a stray
+  move(id, status, now, status, 'finished_at', now, ...)
+end
 
-local function put_back(id, attempts, due_at, ...)  -- into `delayed`; without a time, first in the queue
-  unlist(id)
-  if due_at then redis.call('ZADD', P .. 'delayed', due_at, id) else push('RPUSH', id) end
-  redis.call('HSET', P .. 'job:' .. id, 'status', 'pending', 'attempts', attempts, ...)
-  redis.call('ZREM', P .. 'processing', id)
+local function requeue(id, attempts)  -- first in line; without a token, so that a late report is refused
+  move(id, 'queue', nil, 'pending', 'attempts', attempts, 'token', '')
 end
 
 local function read_job(id)
@@ -834,10 +830,11 @@ local function first_in_queue()  -- its id, the job, and whether there are other
   end
 end
 
-local function claim(worker, number, lease)  -- a Claim; false without a worker, or if there is no job
+local function claim(worker, number, lease)  -- false without a worker, or if there is no job
   if worker == '' then return false end
   local token, record = worker .. ':' .. number, P .. 'claim:' .. worker
   local id, job, behind = first_in_queue()
+  -- The record lives for an hour, since no lease is longer: after that there is nothing to claim again.
   local before = redis.call('SET', record, number .. ' ' .. (id or ''), 'EX', 3600, 'GET')
   local last, last_id = string.match(before or '', '^(%d+) (.*)')
   local is_again = last and tonumber(last) >= tonumber(number)
@@ -854,6 +851,7 @@ local function claim(worker, number, lease)  -- a Claim; false without a worker,
   redis.call('HSET', P .. 'job:' .. id, 'status', 'processing', 'attempts', attempts or '', 'token', token,
     'worker', worker, 'started_at', now)
   if not is_again then redis.call('RPOP', P .. 'queue') end
+  -- In the order of Claim's fields, without the first one, its token.
   return {behind, id, job_type, payload, attempts, max_retries, timeout, is_again and 'pending' or status}
 end
 """
@@ -861,10 +859,10 @@ end
 SCRIPTS = {
     # → the answer, or the one that was kept under this idempotency key. It stores all jobs or none.
     "submit": """
-        local key, answer, is_quiet = unpack(ARGV, 1, 3)  -- then the fields of each job, its delay in ms
+        local key, answer, is_quiet = unpack(ARGV, 1, 3)  -- then each job: NewJob's fields, in their order
         local kept = key ~= '' and redis.call('GET', P .. 'idempotency:' .. key)
         if kept then return kept end
-        local stored, pushed = {}, 0
+        local stored, before = {}, redis.call('LLEN', P .. 'queue')
         local done, problem = pcall(function()
           local number = redis.call('ZREVRANGE', P .. 'history', 0, 0, 'WITHSCORES')[2] or 0
           for i = 4, #ARGV, 6 do
@@ -877,7 +875,6 @@ SCRIPTS = {
               redis.call('ZADD', P .. 'history', number, id)
               if delay == '0' then
                 push('LPUSH', id, is_quiet == '1')
-                pushed = pushed + 1
               else
                 redis.call('HSET', job, 'due_at', now + delay)
                 redis.call('ZADD', P .. 'delayed', now + delay, id)
@@ -887,38 +884,33 @@ SCRIPTS = {
           if key ~= '' then redis.call('SET', P .. 'idempotency:' .. key, answer, 'EX', 86400) end
         end)
         if done then return answer end
-        if pushed > 0 then redis.call('LTRIM', P .. 'queue', pushed, -1) end
+        redis.call('LTRIM', P .. 'queue', redis.call('LLEN', P .. 'queue') - before, -1)
         for _, id in ipairs(stored) do
           redis.call('ZREM', P .. 'delayed', id)
           redis.call('ZREM', P .. 'history', id)
           redis.call('DEL', P .. 'job:' .. id)
         end
         error(problem, 0)""",
-    # → a Claim, or nothing
-    "claim": """
-        local worker, number, lease = unpack(ARGV)
-        unlist('')
-        return claim(worker, number, lease)""",
-    # → whether the report was accepted, and a Claim or nothing. Report first: if the script ends between the
-    # two, that repeats a job; the other order would lose one.
+    # → whether the report was accepted, and a Claim or nothing. Without an id there is no report, without a
+    #   worker no claim. Report first: an error between the two repeats a job; the other order would lose one.
     "report": """
+        -- In the order in which Store.report_and_claim sends them.
         local id, token, transition, text, trace, progress, attempts, delay = unpack(ARGV)
         local worker, number, lease = unpack(ARGV, 9)
-        local held_by, status, cancel = unpack(read(id, 'token', 'status', 'cancel'))
+        local held_by, status, cancel = unpack(id == '' and {} or read(id, 'token', 'status', 'cancel'))
         local accepted, due_at = held_by == token, now + delay
-        if not accepted or status ~= 'processing' then  -- refused, or this very report came before
+        if not accepted or status ~= 'processing' then  -- it is refused, came before, or there is none
           unlist(accepted and id or '')
         elseif transition == 'complete' then
           finish(id, 'completed', 'result', text)
           if attempts ~= '1' then redis.call('HDEL', P .. 'job:' .. id, 'error', 'traceback') end
         elseif transition == 'fail' or cancel then
           finish(id, 'failed', 'error', cancel and 'cancelled' or text, 'traceback', trace)
-        elseif transition == 'retry' then
-          put_back(id, attempts, due_at, 'due_at', due_at, 'error', text, 'traceback', trace)
-        elseif transition == 'defer' then
-          put_back(id, attempts, due_at, 'due_at', due_at)
         elseif transition == 'release' then
-          put_back(id, attempts, nil, 'token', '')
+          requeue(id, attempts)
+        else  -- retry or defer
+          move(id, 'delayed', due_at, 'pending', 'attempts', attempts, 'due_at', due_at,
+            unpack(transition == 'retry' and {'error', text, 'traceback', trace} or {}))
         end
         if accepted and progress ~= '' then redis.call('HSET', P .. 'job:' .. id, 'progress', progress) end
         return {accepted and 1 or 0, claim(worker, number, lease)}""",
@@ -968,8 +960,9 @@ SCRIPTS = {
             local is_last = (count(attempts) or 0) > (count(max_retries) or math.huge)
             local reason = cancel and 'cancelled' or is_last
               and 'the worker died, or was silent for longer than its lease, in each attempt'
-            if reason then fail(id, reason) else put_back(id, attempts or '', nil, 'token', '') end
-            ended[#ended + 1] = {id, job_type or '', attempts or '', reason and 'failed' or 'pending'}
+            attempts = attempts or ''
+            if reason then finish(id, 'failed', 'error', reason, 'token', '') else requeue(id, attempts) end
+            ended[#ended + 1] = {id, job_type or '', attempts, reason and 'failed' or 'pending'}
           end
         end
         local too_many = redis.call('ZCARD', P .. 'completed') + redis.call('ZCARD', P .. 'failed') - keep
@@ -988,40 +981,35 @@ SCRIPTS = {
         local next_due = first('delayed').time
         local wait = more and 0 or next_due < math.huge and math.max(0, next_due - now) or -1
         return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
-    # → the next cursor or '', id and fields of each job (perhaps fewer), how many jobs each status has, and
-    #   for how long the first in the queue has been due: -1 if there is none
+    # → the next cursor or '', id and fields of each job (perhaps fewer), how many jobs each status has, in
+    #   Status's order; and for how long the first in the queue has been due, if there is one
     "page": """
         local status, cursor, limit, bytes, cut = unpack(ARGV, 1, 5)  -- then the names of the fields
         limit, bytes, cut = tonumber(limit), tonumber(bytes), tonumber(cut)
-        local after, number = string.match(cursor, '(.*)%.(.*)')  -- of the last job that was listed
-        local ids, numbers, jobs, size, shown = {}, {}, {}, 0, 0
-        local function add_scored(place)
-          local key, first = P .. place, 0
-          if after then
-            first = redis.call('ZREVRANK', key, after)
-            if not first then  -- it left: go on behind where it was, among those with the same score, too
-              first = redis.call('ZCOUNT', key, '(' .. number, '+inf') - 1
-              for _, id in ipairs(redis.call('ZRANGEBYSCORE', key, number, number)) do
-                if id > after then first = first + 1 end
-              end
+        -- The job that was listed last, and its number: its score, or from -1 downwards in the queue.
+        local after, number = string.match(cursor, '(.*)%.(.*)')
+        local ids, numbers, jobs, size, shown = {}, {}, {}, 0, 0  -- ids beyond `limit`: another page
+        local function add_scored(place)  -- highest first; where scores are equal, by falling ids
+          local ties = after and redis.call('ZCOUNT', P .. place, number, number) or 0
+          local found = redis.call('ZREVRANGEBYSCORE', P .. place, number or '+inf', '-inf', 'WITHSCORES',
+            'LIMIT', 0, ties + limit + 1)
+          for i = 1, #found, 2 do
+            if found[i + 1] ~= number or found[i] < after then
+              ids[#ids + 1], numbers[#ids + 1] = found[i], found[i + 1]
             end
-            first = first + 1
           end
-          local found = redis.call('ZREVRANGE', key, first, first + limit - #ids, 'WITHSCORES')
-          for i = 1, #found, 2 do ids[#ids + 1], numbers[#ids + 1] = found[i], found[i + 1] end
         end
-        local function add_queued()  -- their numbers, unlike scores, are negative: -1 for the first
-          local key, first = P .. 'queue', 0
-          if after and tonumber(number) < 0 then
-            local index = -number - 1  -- what came since has moved it on, but hardly far
-            first = nil
-            for i, id in ipairs(redis.call('LRANGE', key, index, index + 200)) do
-              if id == after then first = index + i end
-            end
-            first = first or (redis.call('LPOS', key, after) or math.huge) + 1
-            if first == math.huge then return end  -- it was claimed, and so were all behind it
+        local function index_behind(key)  -- what came since has moved it on, but hardly far
+          local index = -number - 1
+          for i, id in ipairs(redis.call('LRANGE', key, index, index + 200)) do
+            if id == after then return index + i end
           end
-          local found = redis.call('LRANGE', key, first, first + limit - #ids)
+          local found = redis.call('LPOS', key, after)  -- if not, it was claimed, and so were all behind it
+          return found and found + 1 or redis.call('LLEN', key)
+        end
+        local function add_queued()
+          local first = after and tonumber(number) < 0 and index_behind(P .. 'queue') or 0
+          local found = redis.call('LRANGE', P .. 'queue', first, first + limit)
           for i, id in ipairs(found) do ids[#ids + 1], numbers[#ids + 1] = id, -first - i end
         end
         if status == 'pending' then
@@ -1033,14 +1021,13 @@ SCRIPTS = {
         while shown < math.min(#ids, limit) and size < bytes do
           shown = shown + 1
           local job = read(ids[shown], 'status', unpack(ARGV, 6))
-          local its_status = job[1]
           for i, value in ipairs(job) do
             if value and #value > cut then  -- no character is halved, and no number looks whole
               job[i] = string.gsub(string.sub(value, 1, cut), '[\\192-\\255][\\128-\\191]*$', '') .. '…'
             end
             size = size + #(job[i] or '')
           end
-          if status == '' or its_status == status then  -- otherwise it is a stray, or was cancelled
+          if status == '' or job[1] == status then  -- otherwise it is a stray, or was cancelled
             job[1] = ids[shown]
             jobs[#jobs + 1] = job
           end
@@ -1053,7 +1040,7 @@ SCRIPTS = {
         local created, due = unpack(first and read(first, 'created_at', 'due_at') or {})
         local since = tonumber(due or created or '')
         return {next, jobs, {pending, count('processing'), count('completed'), count('failed')},
-          since and math.max(0, now - since) or -1}""",
+          since and math.max(0, now - since) or false}""",
     # → those of the ids whose jobs are finished, or unknown
     "finished": """
         local finished = {}
@@ -1068,14 +1055,14 @@ SCRIPTS = {
         local status, held_by, job_type = unpack(read(id, 'status', 'token', 'job_type'))
         if held_by == token then return 'pending' end  -- this very request came before
         if not status or status == 'completed' or status == 'failed' then return status end
+        local threads = {}
+        for i = 3, #ARGV do threads[ARGV[i]] = true end
         unlist('')
-        for i = 3, #ARGV do
-          if status == 'processing' and ARGV[i] == job_type then
-            redis.call('HSET', P .. 'job:' .. id, 'cancel', 1)
-            return status
-          end
+        if status == 'processing' and threads[job_type] then
+          redis.call('HSET', P .. 'job:' .. id, 'cancel', 1)
+          return status
         end
-        fail(id, 'cancelled', token)
+        finish(id, 'failed', 'error', 'cancelled', 'token', token)  -- with which a late report is refused
         if status == 'pending' and redis.call('ZREM', P .. 'delayed', id) == 0 then
           redis.call('SADD', P .. 'withdrawn', id)  -- it stays in the queue, until a claim meets it there
         end
@@ -1099,6 +1086,9 @@ class Report(NamedTuple):
     progress: str = ""  # as JSON, unless a heartbeat took it
 
 
+NO_REPORT = Report(Claim(token="", behind=0, id=""), "")
+
+
 class Sweep(NamedTuple):
     """What a sweep found."""
 
@@ -1114,6 +1104,10 @@ class Page(NamedTuple):
     jobs: list[str]  # as JSON
     counts: dict[Status, int]  # of all jobs that are stored
     oldest: float | None  # seconds for which the first job in the queue has been due
+
+
+def _milliseconds(seconds: float) -> int:
+    return math.ceil(seconds * 1000)
 
 
 class Store:
@@ -1166,16 +1160,12 @@ class Store:
         job, and an older one, which comes late, gets none. The answer: False if the report was refused, as
         the job has another token by now; and the job, if there was one.
         """
+        claim, transition, text, trace, delay, progress = report or NO_REPORT
+        attempts = claim.attempts - (transition in ("release", "defer"))  # these do not count
+        reporting = claim.id, claim.token, transition, text, trace, progress, attempts, _milliseconds(delay)
         worker, _, number = token.rpartition(":")
-        accepted, claiming = 1, (worker, number, _milliseconds(lease))
-        if report:
-            claim, transition, text, trace, delay, progress = report
-            attempts = claim.attempts - (transition in ("release", "defer"))  # these do not count
-            reporting = claim.id, claim.token, transition, text, trace, progress, attempts
-            accepted, claimed = await self._run("report", *reporting, _milliseconds(delay), *claiming)
-        else:
-            claimed = await self._run("claim", *claiming)
-        return accepted == 1, Claim.read(token, claimed) if claimed else None
+        accepted, claimed = await self._run("report", *reporting, worker, number, _milliseconds(lease))
+        return accepted == 1 or not report, Claim.read(token, claimed) if claimed else None
 
     async def renew(
         self, held: Iterable[tuple[Claim, str]], lease: float
@@ -1227,7 +1217,7 @@ class Store:
         asked = status or "", cursor, limit, most_bytes, cut
         following, jobs, counts, oldest = await self._run("page", *asked, *FIELDS)
         found = [job_json(job_id, values) for job_id, *values in jobs if any(values)]
-        waits = None if oldest < 0 else oldest / 1000
+        waits = None if oldest is None else oldest / 1000
         return Page(following, found, dict(zip(Status, counts, strict=True)), waits)
 
     async def ping(self) -> None:
@@ -1248,20 +1238,16 @@ class Store:
 
     async def missing_rights(self) -> list[str]:
         """The Redis commands that are needed and this user may not run. Each is tried on a key of no use."""
-        key, missing = f"{self.prefix}rights", []
+        words, missing = [f"{self.prefix}rights", "0", "0", "0"], list[str]()
         known = await self._pipeline.call("COMMAND", "INFO", *COMMANDS)
         for name, about in zip(COMMANDS, known, strict=True):
             arity = abs(about[1]) if about else 1  # of a command that was renamed nothing is known
             try:
-                await self._pipeline.call(name, *[key, "0", "0", "0"][: arity - 1])
+                await self._pipeline.call(name, *words[: arity - 1])
             except redis.ResponseError as error:  # mostly, that the key is of another type
                 if re.match("NOPERM|ERR unknown command", str(error)):
                     missing.append(name)
         return missing
-
-
-def _milliseconds(seconds: float) -> int:
-    return math.ceil(seconds * 1000)
 
 
 # ── Workers ─────────────────────────────────────────────────────────────────────────────────────
