@@ -83,10 +83,6 @@ from hypercorn.typing import ConnectionState
 from msgspec import UNSET, Meta, UnsetType
 from quart import Blueprint, Response, current_app, redirect, render_template, request
 from quart_trio import QuartTrio
-from redis.backoff import NoBackoff
-from redis.maint_notifications import MaintNotificationsConfig
-from redis.retry import Retry
-from redis.sentinel import MasterNotFoundError, Sentinel
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import (
     BadRequest,
@@ -507,6 +503,7 @@ async def long(seconds: float = 2) -> None:
 
 Command = tuple[str | int, ...]
 Transport = Callable[[Sequence[Command]], Awaitable[list[Any]]]  # carries a batch, returns as many replies
+Batch = list[tuple[Command, trio.lowlevel.Task]]  # each command with its caller
 
 CONNECTIONS = 2  # with one the drain is 40 % slower, and a third makes the batches too small
 REPLY_SECONDS = 2.5  # without progress, and a try has failed; there are two, so a client has its 503 in 6 s
@@ -517,44 +514,45 @@ pack_command: Callable[[Command], bytes] = cast(Any, hiredis.pack_command)  # wh
 WORDS = "READONLY|MASTERDOWN|MOVED|ASK|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|LOADING"
 UNFIT = re.compile(rf"(ERR Error running script.* -)?({WORDS})\b")
 SENTINEL_URL = re.compile(r"(rediss?)\+sentinel://(.*@)?([^/@?]+)/([^/?]+)(/.*)?")
-SENTINEL_OPTIONS = re.compile("username|password|retry|protocol|socket_(connect_)?timeout|ssl_.*")
 
 
 class RedisAddress:
     """Where a URL leads: to Redis, or to sentinels that know where it is. ValueError if it leads nowhere."""
 
     def __init__(self, url: str) -> None:
-        self._sentinels: list[tuple[str, int]] = []
+        self._sentinels: list[tuple[str | None, int]] = []
         if match := SENTINEL_URL.fullmatch(url):
             scheme, credentials, hosts, self._name, path = match.groups("")
             addresses = [urlsplit(f"//{host}") for host in hosts.split(",")]
-            self._sentinels = [(each.hostname or "", each.port or 26379) for each in addresses]
+            self._sentinels = [(each.hostname, each.port or 26379) for each in addresses]
             url = f"{scheme}://{credentials}{path}"
         pool = redis.ConnectionPool.from_url(url)
-        patience = {"socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
-        never = Retry(NoBackoff(), 0)  # `Store` says what is sent again
-        self._class = pool.connection_class
-        self._options = pool.connection_kwargs | patience | {"protocol": 2, "retry": never}
+        ours = {"protocol": 2, "socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
+        self._class, self._options = pool.connection_class, pool.connection_kwargs | ours
         self._class(**self._options)  # which refuses what it does not know
 
-    def connect(self, moved: tuple[str, int] | None) -> Any:
-        """A connection that redis-py opened; this blocks. `moved` is where to, if Redis said so."""
-        options = dict(self._options)
-        if moved or self._sentinels:
-            options["host"], options["port"] = moved or self._ask_sentinels()
-        connection = self._class(**options)
+    def _open(self, **differences: Any) -> Any:
+        connection = self._class(**self._options | differences)
         connection.connect()
         return connection
 
     def _ask_sentinels(self) -> tuple[str, int]:
-        own = {name: value for name, value in self._options.items() if SENTINEL_OPTIONS.fullmatch(name)}
-        own["ssl"] = issubclass(self._class, redis.SSLConnection)
-        own["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)  # it needs protocol 3
-        for credentials in ({}, {"username": None, "password": None}):  # sentinels often have no password
-            sentinel = cast(Any, Sentinel)(self._sentinels, sentinel_kwargs=own | credentials)
-            with suppress(MasterNotFoundError):
-                return cast(tuple[str, int], sentinel.discover_master(self._name))
+        """Where the primary is, from the first sentinel that says so; they often have no password."""
+        nobody: dict[str, Any] = {"username": None, "password": None}
+        for credentials, (host, port) in itertools.product(({}, nobody), self._sentinels):
+            with suppress(redis.RedisError):
+                sentinel = self._open(host=host, port=port, db=0, decode_responses=True, **credentials)
+                sentinel.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._name)
+                if found := sentinel.read_response():
+                    return found[0], int(found[1])
         raise redis.ConnectionError(f"no sentinel knows a primary {self._name!r}")
+
+    def connect(self, moved: tuple[str, int] | None) -> Any:
+        """A connection that redis-py opened; this blocks. `moved` is where to, if Redis said so."""
+        if not moved and not self._sentinels:
+            return self._open()
+        host, port = moved or self._ask_sentinels()
+        return self._open(host=host, port=port)
 
 
 class RedisConnection:
@@ -566,77 +564,25 @@ class RedisConnection:
         self._connection: Any = None
         self._give_up_at = math.inf  # unless the exchange that is under way makes progress
 
-    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
-        """Send commands and receive their replies; a refusal is a ResponseError among them.
-
-        Raises redis.ConnectionError or TimeoutError; then nobody knows which were carried out.
-        """
-        replies: list[Any] = []
-        self._give_up_at = trio.current_time() + REPLY_SECONDS
-        try:
-            if self._connection is None:
-                with trio.fail_after(REPLY_SECONDS):
-                    await self._connect()
-            await self._send(b"".join(map(pack_command, commands)))
-            while len(replies) < len(commands):
-                await self._receive()
-                while (reply := self._reader.gets()) is not NOT_YET:
-                    if isinstance(reply, redis.ConnectionError):  # UNFIT
-                        raise reply
-                    replies.append(reply)
-            if len(replies) > len(commands) or self._reader.has_data():
-                raise redis.ConnectionError("Redis sent more than it was asked for")
-            return replies
-        except BaseException as error:  # Cancelled too: a late reply must not meet the next exchange
-            self.hang_up()
-            if isinstance(error, Exception) and trio.current_time() >= self._give_up_at:
-                raise redis.TimeoutError(f"no progress for {REPLY_SECONDS:g} s") from None
-            if isinstance(error, OSError | UnicodeError):  # the latter is what an impossible host name gives
-                raise redis.ConnectionError(str(error)) from None
-            raise
-        finally:
-            self._give_up_at = math.inf
-
-    async def watch(self) -> None:
-        """Cut off each exchange that makes no progress. A scope around each would cost 5 % of the drain."""
-        while True:
-            await trio.sleep(REPLY_SECONDS / 10)
-            if self._connection and trio.current_time() >= self._give_up_at:
-                with suppress(OSError):  # it was closed at the other end
-                    self._socket.shutdown(socket.SHUT_RDWR)  # whoever waits for it wakes up
-
-    async def message(self) -> Any:
-        """The next message of a channel that was subscribed to, however long it takes."""
-        while (reply := self._reader.gets()) is NOT_YET:
-            await self._receive()
-        return reply
-
-    async def ping(self) -> None:
-        """Ask for a sign of life on a connection that subscribed; a message serves as well as the reply."""
-        await self._send(pack_command(("PING",)))
-        await self.message()
-
-    def hang_up(self) -> None:
-        if self._connection is not None:
-            self._connection.disconnect()
-            self._connection = None
-
     async def _connect(self) -> None:
         moved, self._moved = self._moved, None  # after a failure there, the configured address is used again
         connect = self._address.connect
-        self._connection = await trio.to_thread.run_sync(connect, moved, abandon_on_cancel=True)
+        with trio.fail_after(REPLY_SECONDS):
+            self._connection = await trio.to_thread.run_sync(connect, moved, abandon_on_cancel=True)
         self._moved = moved
         self._socket: socket.socket = self._connection._sock  # private: redis-py has no other way to it
         self._socket.setblocking(False)
         self._reader = hiredis.Reader(redis.ConnectionError, self._refusal, "utf-8", "replace", NOT_YET)
 
     def _refusal(self, text: str) -> Exception:
+        """The error that is the reply to one command. One that concerns all is raised, out of the reader."""
+        if text.startswith("NOSCRIPT"):
+            return redis.exceptions.NoScriptError(text)
         if not UNFIT.match(text):
-            is_unknown_script = text.startswith("NOSCRIPT")
-            return (redis.exceptions.NoScriptError if is_unknown_script else redis.ResponseError)(text)
+            return redis.ResponseError(text)
         if moved := re.search(r"MOVED \d+ (\S*):(\d+)", text):
             self._moved = moved[1].strip("[]") or self._connection.host, int(moved[2])
-        return redis.ConnectionError(text)
+        raise redis.ConnectionError(text)
 
     async def _send(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -656,6 +602,56 @@ class RedisConnection:
                 raise redis.ConnectionError("Redis closed the connection")
             self._reader.feed(data)
             self._give_up_at = trio.current_time() + REPLY_SECONDS
+
+    async def message(self) -> Any:
+        """The next message of a channel that was subscribed to, however long it takes."""
+        while (reply := self._reader.gets()) is NOT_YET:
+            await self._receive()
+        return reply
+
+    async def ping(self) -> None:
+        """Ask for a sign of life on a connection that subscribed; a message serves as well as the reply."""
+        await self._send(pack_command(("PING",)))
+        await self.message()
+
+    def hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.disconnect()
+            self._connection = None
+
+    async def watch(self) -> None:
+        """Cut off each exchange that makes no progress. A scope around each would cost 5 % of the drain."""
+        while True:
+            await trio.sleep(REPLY_SECONDS / 10)
+            if self._connection and trio.current_time() >= self._give_up_at:
+                with suppress(OSError):  # it was closed at the other end
+                    self._socket.shutdown(socket.SHUT_RDWR)  # whoever waits for it wakes up, and fails
+
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands and receive their replies; a refusal is a ResponseError among them.
+
+        Raises redis.ConnectionError or TimeoutError; then nobody knows which were carried out.
+        """
+        replies: list[Any] = []
+        self._give_up_at = trio.current_time() + REPLY_SECONDS
+        try:
+            if self._connection is None:
+                await self._connect()
+            await self._send(b"".join(map(pack_command, commands)))
+            while len(replies) < len(commands):
+                await self._receive()
+                replies += iter(self._reader.gets, NOT_YET)
+            if len(replies) > len(commands) or self._reader.has_data():
+                raise redis.ConnectionError("Redis sent more than it was asked for")
+        except BaseException as error:  # Cancelled too
+            self.hang_up()  # or a late reply would meet the next exchange
+            if isinstance(error, Exception) and trio.current_time() >= self._give_up_at:
+                raise redis.TimeoutError(f"no progress for {REPLY_SECONDS:g} s") from None
+            if isinstance(error, OSError | UnicodeError):  # the latter is what an impossible host name gives
+                raise redis.ConnectionError(str(error)) from None
+            raise
+        self._give_up_at = math.inf  # or the watch would cut off a connection that has nothing to do
+        return replies
 
 
 def memory() -> Transport:
@@ -682,16 +678,63 @@ class AutoPipeline:
     >>> await pipeline.call("INCR", "a")
     1
 
-    Invariants: a caller sleeps from when its command is queued until its reply is there. Both leave the
-    queue together; from then on that transport alone wakes the caller. And while commands are queued no
-    transport is idle, or one has been woken for them.
+    Two invariants. A caller sleeps from when its command is queued until it is woken, once, by the transport
+    that took the command out of the queue. And while a command is queued, not all transports are parked.
     """
 
     def __init__(self, *transports: Transport) -> None:
         self._transports = transports
-        self._idle: list[trio.lowlevel.Task] = []  # transports with nothing to carry; last in, first out
-        self._queue: list[tuple[Command, trio.lowlevel.Task]] = []  # each command with its caller
+        self._idle = trio.lowlevel.ParkingLot()  # for transports that have nothing to carry
+        self._queue: Batch = []
         self._away = False
+
+    def _note(self, error: redis.RedisError | None) -> None:
+        if error and not self._away:
+            log.warning("Redis is away: %s; waiting for it", error)
+        elif self._away and not error:
+            log.info("Redis is back")
+        self._away = error is not None
+
+    def _take_batch(self) -> Batch:
+        """All that is queued; or, if the other transport is idle, half of it, and the other one is woken."""
+        share = -(-len(self._queue) // (1 + len(self._idle)))
+        batch, self._queue = self._queue[:share], self._queue[share:]
+        if self._queue:
+            self._idle.unpark()
+        return batch
+
+    def _wake(self, batch: Batch, replies: Sequence[Any]) -> None:
+        for (_, caller), reply in zip(batch, replies, strict=True):
+            trio.lowlevel.reschedule(caller, outcome.Value(reply))
+
+    def _fail(self, batch: Batch, error: redis.RedisError) -> None:
+        """Wake the callers of a batch, and of what came meanwhile: that would only time out in its turn."""
+        batch, self._queue = batch + self._queue, []
+        self._wake(batch, [type(error)(*error.args) for _ in batch])  # one each, as each gets a traceback
+
+    async def _carry(self, transport: Transport) -> None:
+        """Carry batch after batch. Whatever a transport does, it ends in `_wake` for the whole batch."""
+        while True:
+            while not self._queue:  # again, as another transport may have taken what this one was woken for
+                await self._idle.park()
+            batch = self._take_batch()
+            try:
+                replies = await transport([command for command, _ in batch])
+            except redis.RedisError as error:
+                self._note(error)
+                self._fail(batch, error)
+            except BaseException:  # a bug, or Cancelled: nobody else could wake these callers
+                self._fail(batch, redis.ConnectionError("the connection was cut off"))
+                raise
+            else:
+                self._note(None)
+                self._wake(batch, replies)
+
+    async def run(self) -> None:
+        """Carry the commands. Cancel it only when nobody calls any more."""
+        async with trio.open_nursery() as nursery:
+            for transport in self._transports:
+                nursery.start_soon(self._carry, transport)
 
     async def call(self, *command: str | int) -> Any:
         """The reply to a command.
@@ -703,59 +746,11 @@ class AutoPipeline:
         await trio.lowlevel.checkpoint_if_cancelled()
         self._queue.append((command, trio.lowlevel.current_task()))
         if len(self._queue) == 1:  # otherwise a transport was woken before, or none is idle
-            self._wake_transport()
+            self._idle.unpark()
         reply = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
         if isinstance(reply, Exception):
             raise reply
         return reply
-
-    async def run(self) -> None:
-        """Carry the commands. Cancel it only when nobody calls any more."""
-        async with trio.open_nursery() as nursery:
-            for transport in self._transports:
-                nursery.start_soon(self._carry, transport)
-
-    async def _carry(self, transport: Transport) -> None:
-        """Carry batch after batch; give each caller its reply, or the error that befell the whole batch."""
-        while True:
-            while not self._queue:  # again, when another transport took what this one was woken for
-                self._idle.append(trio.lowlevel.current_task())
-                await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
-            batch = self._take_batch()
-            lost: redis.RedisError | None = redis.ConnectionError("the connection was cut off")
-            try:
-                replies = await transport([command for command, _ in batch])
-                if len(replies) != len(batch):
-                    raise RuntimeError(f"{len(replies)} replies to {len(batch)} commands")
-                lost = None
-            except redis.RedisError as error:
-                lost = error
-            finally:  # also after a bug nobody may wait for ever
-                if lost:  # what came meanwhile shares the fate, rather than to wait for another time limit
-                    batch, self._queue = batch + self._queue, []
-                    replies = [type(lost)(*lost.args) for _ in batch]
-                for (_, caller), reply in zip(batch, replies, strict=True):
-                    trio.lowlevel.reschedule(caller, outcome.Value(reply))
-            self._note(lost)
-
-    def _take_batch(self) -> list[tuple[Command, trio.lowlevel.Task]]:
-        """All that is queued; or, if the other transport is idle, half of it, and the other one is woken."""
-        share = -(-len(self._queue) // (1 + len(self._idle)))
-        batch, self._queue = self._queue[:share], self._queue[share:]
-        if self._queue:
-            self._wake_transport()
-        return batch
-
-    def _wake_transport(self) -> None:
-        if self._idle:
-            trio.lowlevel.reschedule(self._idle.pop())
-
-    def _note(self, error: redis.RedisError | None) -> None:
-        if error and not self._away:
-            log.warning("Redis is away: %s; waiting for it", error)
-        elif self._away and not error:
-            log.info("Redis is back")
-        self._away = error is not None
 
 
 # ── Store ───────────────────────────────────────────────────────────────────────────────────────
@@ -799,22 +794,20 @@ end
 
 local function unlist(id) redis.call('ZREM', P .. 'started', id) end  -- of nothing: begin by taking away
 
-local function finish(id, status, ...)
+local function move(id, place, time, ...)  -- out of `processing`; in this order, as the first two rules say
   unlist(id)
-  redis.call('ZREM', P .. (status == 'failed' and 'completed' or 'failed'), id)  -- perhaps a stray
-  redis.call('ZADD', P .. status, now, id)
-  redis.call('HSET', P .. 'job:' .. id, 'status', status, 'finished_at', now, ...)
+  if place == 'queue' then push('RPUSH', id) else redis.call('ZADD', P .. place, time, id) end
+  redis.call('HSET', P .. 'job:' .. id, 'status', ...)
   redis.call('ZREM', P .. 'processing', id)
 end
 
--- Fail a job that its worker did not report; the other token refuses a late report.
-local function fail(id, reason, token) finish(id, 'failed', 'error', reason, 'token', token or '') end
+local function finish(id, status, ...)
+  redis.call('ZREM', P .. (status == 'failed' and 'completed' or 'failed'), id)  -- perhaps a stray
+  move(id, status, now, status, 'finished_at', now, ...)
+end
 
-local function put_back(id, attempts, due_at, ...)  -- into `delayed`; without a time, first in the queue
-  unlist(id)
-  if due_at then redis.call('ZADD', P .. 'delayed', due_at, id) else push('RPUSH', id) end
-  redis.call('HSET', P .. 'job:' .. id, 'status', 'pending', 'attempts', attempts, ...)
-  redis.call('ZREM', P .. 'processing', id)
+local function requeue(id, attempts)  -- first in line; without a token, so that a late report is refused
+  move(id, 'queue', nil, 'pending', 'attempts', attempts, 'token', '')
 end
 
 local function read_job(id)
@@ -832,10 +825,11 @@ local function first_in_queue()  -- its id, the job, and whether there are other
   end
 end
 
-local function claim(worker, number, lease)  -- a Claim; false without a worker, or if there is no job
+local function claim(worker, number, lease)  -- false without a worker, or if there is no job
   if worker == '' then return false end
   local token, record = worker .. ':' .. number, P .. 'claim:' .. worker
   local id, job, behind = first_in_queue()
+  -- The record lives for an hour, since no lease is longer: after that there is nothing to claim again.
   local before = redis.call('SET', record, number .. ' ' .. (id or ''), 'EX', 3600, 'GET')
   local last, last_id = string.match(before or '', '^(%d+) (.*)')
   local is_again = last and tonumber(last) >= tonumber(number)
@@ -852,6 +846,7 @@ local function claim(worker, number, lease)  -- a Claim; false without a worker,
   redis.call('HSET', P .. 'job:' .. id, 'status', 'processing', 'attempts', attempts or '', 'token', token,
     'worker', worker, 'started_at', now)
   if not is_again then redis.call('RPOP', P .. 'queue') end
+  -- In the order of Claim's fields, without the first one, its token.
   return {behind, id, job_type, payload, attempts, max_retries, timeout, is_again and 'pending' or status}
 end
 """
@@ -859,10 +854,10 @@ end
 SCRIPTS = {
     # → the answer, or the one that was kept under this idempotency key. It stores all jobs or none.
     "submit": """
-        local key, answer, is_quiet = unpack(ARGV, 1, 3)  -- then the fields of each job, its delay in ms
+        local key, answer, is_quiet = unpack(ARGV, 1, 3)  -- then each job: NewJob's fields, in their order
         local kept = key ~= '' and redis.call('GET', P .. 'idempotency:' .. key)
         if kept then return kept end
-        local stored, pushed = {}, 0
+        local stored, before = {}, redis.call('LLEN', P .. 'queue')
         local done, problem = pcall(function()
           local number = redis.call('ZREVRANGE', P .. 'history', 0, 0, 'WITHSCORES')[2] or 0
           for i = 4, #ARGV, 6 do
@@ -875,7 +870,6 @@ SCRIPTS = {
               redis.call('ZADD', P .. 'history', number, id)
               if delay == '0' then
                 push('LPUSH', id, is_quiet == '1')
-                pushed = pushed + 1
               else
                 redis.call('HSET', job, 'due_at', now + delay)
                 redis.call('ZADD', P .. 'delayed', now + delay, id)
@@ -885,38 +879,33 @@ SCRIPTS = {
           if key ~= '' then redis.call('SET', P .. 'idempotency:' .. key, answer, 'EX', 86400) end
         end)
         if done then return answer end
-        if pushed > 0 then redis.call('LTRIM', P .. 'queue', pushed, -1) end
+        redis.call('LTRIM', P .. 'queue', redis.call('LLEN', P .. 'queue') - before, -1)
         for _, id in ipairs(stored) do
           redis.call('ZREM', P .. 'delayed', id)
           redis.call('ZREM', P .. 'history', id)
           redis.call('DEL', P .. 'job:' .. id)
         end
         error(problem, 0)""",
-    # → a Claim, or nothing
-    "claim": """
-        local worker, number, lease = unpack(ARGV)
-        unlist('')
-        return claim(worker, number, lease)""",
-    # → whether the report was accepted, and a Claim or nothing. Report first: if the script ends between the
-    # two, that repeats a job; the other order would lose one.
+    # → whether the report was accepted, and a Claim or nothing. Without an id there is no report, without a
+    #   worker no claim. Report first: an error between the two repeats a job; the other order would lose one.
     "report": """
+        -- In the order in which Store.report_and_claim sends them.
         local id, token, transition, text, trace, progress, attempts, delay = unpack(ARGV)
         local worker, number, lease = unpack(ARGV, 9)
-        local held_by, status, cancel = unpack(read(id, 'token', 'status', 'cancel'))
+        local held_by, status, cancel = unpack(id == '' and {} or read(id, 'token', 'status', 'cancel'))
         local accepted, due_at = held_by == token, now + delay
-        if not accepted or status ~= 'processing' then  -- refused, or this very report came before
+        if not accepted or status ~= 'processing' then  -- it is refused, came before, or there is none
           unlist(accepted and id or '')
         elseif transition == 'complete' then
           finish(id, 'completed', 'result', text)
           if attempts ~= '1' then redis.call('HDEL', P .. 'job:' .. id, 'error', 'traceback') end
         elseif transition == 'fail' or cancel then
           finish(id, 'failed', 'error', cancel and 'cancelled' or text, 'traceback', trace)
-        elseif transition == 'retry' then
-          put_back(id, attempts, due_at, 'due_at', due_at, 'error', text, 'traceback', trace)
-        elseif transition == 'defer' then
-          put_back(id, attempts, due_at, 'due_at', due_at)
         elseif transition == 'release' then
-          put_back(id, attempts, nil, 'token', '')
+          requeue(id, attempts)
+        else  -- retry or defer
+          move(id, 'delayed', due_at, 'pending', 'attempts', attempts, 'due_at', due_at,
+            unpack(transition == 'retry' and {'error', text, 'traceback', trace} or {}))
         end
         if accepted and progress ~= '' then redis.call('HSET', P .. 'job:' .. id, 'progress', progress) end
         return {accepted and 1 or 0, claim(worker, number, lease)}""",
@@ -966,8 +955,9 @@ SCRIPTS = {
             local is_last = (count(attempts) or 0) > (count(max_retries) or math.huge)
             local reason = cancel and 'cancelled' or is_last
               and 'the worker died, or was silent for longer than its lease, in each attempt'
-            if reason then fail(id, reason) else put_back(id, attempts or '', nil, 'token', '') end
-            ended[#ended + 1] = {id, job_type or '', attempts or '', reason and 'failed' or 'pending'}
+            attempts = attempts or ''
+            if reason then finish(id, 'failed', 'error', reason, 'token', '') else requeue(id, attempts) end
+            ended[#ended + 1] = {id, job_type or '', attempts, reason and 'failed' or 'pending'}
           end
         end
         local too_many = redis.call('ZCARD', P .. 'completed') + redis.call('ZCARD', P .. 'failed') - keep
@@ -986,40 +976,35 @@ SCRIPTS = {
         local next_due = first('delayed').time
         local wait = more and 0 or next_due < math.huge and math.max(0, next_due - now) or -1
         return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
-    # → the next cursor or '', id and fields of each job (perhaps fewer), how many jobs each status has, and
-    #   for how long the first in the queue has been due: -1 if there is none
+    # → the next cursor or '', id and fields of each job (perhaps fewer), how many jobs each status has, in
+    #   Status's order; and for how long the first in the queue has been due, if there is one
     "page": """
         local status, cursor, limit, bytes, cut = unpack(ARGV, 1, 5)  -- then the names of the fields
         limit, bytes, cut = tonumber(limit), tonumber(bytes), tonumber(cut)
-        local after, number = string.match(cursor, '(.*)%.(.*)')  -- of the last job that was listed
-        local ids, numbers, jobs, size, shown = {}, {}, {}, 0, 0
-        local function add_scored(place)
-          local key, first = P .. place, 0
-          if after then
-            first = redis.call('ZREVRANK', key, after)
-            if not first then  -- it left: go on behind where it was, among those with the same score, too
-              first = redis.call('ZCOUNT', key, '(' .. number, '+inf') - 1
-              for _, id in ipairs(redis.call('ZRANGEBYSCORE', key, number, number)) do
-                if id > after then first = first + 1 end
-              end
+        -- The job that was listed last, and its number: its score, or from -1 downwards in the queue.
+        local after, number = string.match(cursor, '(.*)%.(.*)')
+        local ids, numbers, jobs, size, shown = {}, {}, {}, 0, 0  -- ids beyond `limit`: another page
+        local function add_scored(place)  -- highest first; where scores are equal, by falling ids
+          local ties = after and redis.call('ZCOUNT', P .. place, number, number) or 0
+          local found = redis.call('ZREVRANGEBYSCORE', P .. place, number or '+inf', '-inf', 'WITHSCORES',
+            'LIMIT', 0, ties + limit + 1)
+          for i = 1, #found, 2 do
+            if found[i + 1] ~= number or found[i] < after then
+              ids[#ids + 1], numbers[#ids + 1] = found[i], found[i + 1]
             end
-            first = first + 1
           end
-          local found = redis.call('ZREVRANGE', key, first, first + limit - #ids, 'WITHSCORES')
-          for i = 1, #found, 2 do ids[#ids + 1], numbers[#ids + 1] = found[i], found[i + 1] end
         end
-        local function add_queued()  -- their numbers, unlike scores, are negative: -1 for the first
-          local key, first = P .. 'queue', 0
-          if after and tonumber(number) < 0 then
-            local index = -number - 1  -- what came since has moved it on, but hardly far
-            first = nil
-            for i, id in ipairs(redis.call('LRANGE', key, index, index + 200)) do
-              if id == after then first = index + i end
-            end
-            first = first or (redis.call('LPOS', key, after) or math.huge) + 1
-            if first == math.huge then return end  -- it was claimed, and so were all behind it
+        local function index_behind(key)  -- what came since has moved it on, but hardly far
+          local index = -number - 1
+          for i, id in ipairs(redis.call('LRANGE', key, index, index + 200)) do
+            if id == after then return index + i end
           end
-          local found = redis.call('LRANGE', key, first, first + limit - #ids)
+          local found = redis.call('LPOS', key, after)  -- if not, it was claimed, and so were all behind it
+          return found and found + 1 or redis.call('LLEN', key)
+        end
+        local function add_queued()
+          local first = after and tonumber(number) < 0 and index_behind(P .. 'queue') or 0
+          local found = redis.call('LRANGE', P .. 'queue', first, first + limit)
           for i, id in ipairs(found) do ids[#ids + 1], numbers[#ids + 1] = id, -first - i end
         end
         if status == 'pending' then
@@ -1031,14 +1016,13 @@ SCRIPTS = {
         while shown < math.min(#ids, limit) and size < bytes do
           shown = shown + 1
           local job = read(ids[shown], 'status', unpack(ARGV, 6))
-          local its_status = job[1]
           for i, value in ipairs(job) do
             if value and #value > cut then  -- no character is halved, and no number looks whole
               job[i] = string.gsub(string.sub(value, 1, cut), '[\\192-\\255][\\128-\\191]*$', '') .. '…'
             end
             size = size + #(job[i] or '')
           end
-          if status == '' or its_status == status then  -- otherwise it is a stray, or was cancelled
+          if status == '' or job[1] == status then  -- otherwise it is a stray, or was cancelled
             job[1] = ids[shown]
             jobs[#jobs + 1] = job
           end
@@ -1051,7 +1035,7 @@ SCRIPTS = {
         local created, due = unpack(first and read(first, 'created_at', 'due_at') or {})
         local since = tonumber(due or created or '')
         return {next, jobs, {pending, count('processing'), count('completed'), count('failed')},
-          since and math.max(0, now - since) or -1}""",
+          since and math.max(0, now - since) or false}""",
     # → those of the ids whose jobs are finished, or unknown
     "finished": """
         local finished = {}
@@ -1066,14 +1050,14 @@ SCRIPTS = {
         local status, held_by, job_type = unpack(read(id, 'status', 'token', 'job_type'))
         if held_by == token then return 'pending' end  -- this very request came before
         if not status or status == 'completed' or status == 'failed' then return status end
+        local threads = {}
+        for i = 3, #ARGV do threads[ARGV[i]] = true end
         unlist('')
-        for i = 3, #ARGV do
-          if status == 'processing' and ARGV[i] == job_type then
-            redis.call('HSET', P .. 'job:' .. id, 'cancel', 1)
-            return status
-          end
+        if status == 'processing' and threads[job_type] then
+          redis.call('HSET', P .. 'job:' .. id, 'cancel', 1)
+          return status
         end
-        fail(id, 'cancelled', token)
+        finish(id, 'failed', 'error', 'cancelled', 'token', token)  -- with which a late report is refused
         if status == 'pending' and redis.call('ZREM', P .. 'delayed', id) == 0 then
           redis.call('SADD', P .. 'withdrawn', id)  -- it stays in the queue, until a claim meets it there
         end
@@ -1097,6 +1081,9 @@ class Report(NamedTuple):
     progress: str = ""  # as JSON, unless a heartbeat took it
 
 
+NO_REPORT = Report(Claim(token="", behind=0, id=""), "")
+
+
 class Sweep(NamedTuple):
     """What a sweep found."""
 
@@ -1112,6 +1099,10 @@ class Page(NamedTuple):
     jobs: list[str]  # as JSON
     counts: dict[Status, int]  # of all jobs that are stored
     oldest: float | None  # seconds for which the first job in the queue has been due
+
+
+def _milliseconds(seconds: float) -> int:
+    return math.ceil(seconds * 1000)
 
 
 class Store:
@@ -1164,16 +1155,12 @@ class Store:
         job, and an older one, which comes late, gets none. The answer: False if the report was refused, as
         the job has another token by now; and the job, if there was one.
         """
+        claim, transition, text, trace, delay, progress = report or NO_REPORT
+        attempts = claim.attempts - (transition in ("release", "defer"))  # these do not count
+        reporting = claim.id, claim.token, transition, text, trace, progress, attempts, _milliseconds(delay)
         worker, _, number = token.rpartition(":")
-        accepted, claiming = 1, (worker, number, _milliseconds(lease))
-        if report:
-            claim, transition, text, trace, delay, progress = report
-            attempts = claim.attempts - (transition in ("release", "defer"))  # these do not count
-            reporting = claim.id, claim.token, transition, text, trace, progress, attempts
-            accepted, claimed = await self._run("report", *reporting, _milliseconds(delay), *claiming)
-        else:
-            claimed = await self._run("claim", *claiming)
-        return accepted == 1, Claim.read(token, claimed) if claimed else None
+        accepted, claimed = await self._run("report", *reporting, worker, number, _milliseconds(lease))
+        return accepted == 1 or not report, Claim.read(token, claimed) if claimed else None
 
     async def renew(
         self, held: Iterable[tuple[Claim, str]], lease: float
@@ -1225,7 +1212,7 @@ class Store:
         asked = status or "", cursor, limit, most_bytes, cut
         following, jobs, counts, oldest = await self._run("page", *asked, *FIELDS)
         found = [job_json(job_id, values) for job_id, *values in jobs if any(values)]
-        waits = None if oldest < 0 else oldest / 1000
+        waits = None if oldest is None else oldest / 1000
         return Page(following, found, dict(zip(Status, counts, strict=True)), waits)
 
     async def ping(self) -> None:
@@ -1246,20 +1233,16 @@ class Store:
 
     async def missing_rights(self) -> list[str]:
         """The Redis commands that are needed and this user may not run. Each is tried on a key of no use."""
-        key, missing = f"{self.prefix}rights", []
+        words, missing = [f"{self.prefix}rights", "0", "0", "0"], list[str]()
         known = await self._pipeline.call("COMMAND", "INFO", *COMMANDS)
         for name, about in zip(COMMANDS, known, strict=True):
             arity = abs(about[1]) if about else 1  # of a command that was renamed nothing is known
             try:
-                await self._pipeline.call(name, *[key, "0", "0", "0"][: arity - 1])
+                await self._pipeline.call(name, *words[: arity - 1])
             except redis.ResponseError as error:  # mostly, that the key is of another type
                 if re.match("NOPERM|ERR unknown command", str(error)):
                     missing.append(name)
         return missing
-
-
-def _milliseconds(seconds: float) -> int:
-    return math.ceil(seconds * 1000)
 
 
 # ── Workers ─────────────────────────────────────────────────────────────────────────────────────

@@ -1749,7 +1749,7 @@ def lose_replies(bench: Bench, times: int, is_meant: Callable[[list[Any], list[A
 
 
 def has_claim(_commands: list[Any], replies: list[Any]) -> bool:
-    return any(isinstance(reply, list) and "math" in reply for reply in replies)
+    return any("'math'" in str(reply) for reply in replies)
 
 
 def has_report(commands: list[Any], _replies: list[Any]) -> bool:
