@@ -83,6 +83,8 @@ from hypercorn.typing import ConnectionState
 from msgspec import UNSET, Meta, UnsetType
 from quart import Blueprint, Response, current_app, redirect, render_template, request
 from quart_trio import QuartTrio
+from redis.maint_notifications import MaintNotificationsConfig
+from redis.sentinel import MasterNotFoundError, Sentinel
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import (
     BadRequest,
@@ -514,45 +516,42 @@ pack_command: Callable[[Command], bytes] = cast(Any, hiredis.pack_command)  # wh
 WORDS = "READONLY|MASTERDOWN|MOVED|ASK|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|LOADING"
 UNFIT = re.compile(rf"(ERR Error running script.* -)?({WORDS})\b")
 SENTINEL_URL = re.compile(r"(rediss?)\+sentinel://(.*@)?([^/@?]+)/([^/?]+)(/.*)?")
+SENTINEL_OPTIONS = re.compile("username|password|retry|protocol|socket_(connect_)?timeout|ssl_.*")
 
 
 class RedisAddress:
     """Where a URL leads: to Redis, or to sentinels that know where it is. ValueError if it leads nowhere."""
 
     def __init__(self, url: str) -> None:
-        self._sentinels: list[tuple[str | None, int]] = []
+        self._sentinels: list[tuple[str, int]] = []
         if match := SENTINEL_URL.fullmatch(url):
             scheme, credentials, hosts, self._name, path = match.groups("")
             addresses = [urlsplit(f"//{host}") for host in hosts.split(",")]
-            self._sentinels = [(each.hostname, each.port or 26379) for each in addresses]
+            self._sentinels = [(each.hostname or "", each.port or 26379) for each in addresses]
             url = f"{scheme}://{credentials}{path}"
         pool = redis.ConnectionPool.from_url(url)
         ours = {"protocol": 2, "socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
         self._class, self._options = pool.connection_class, pool.connection_kwargs | ours
         self._class(**self._options)  # which refuses what it does not know
 
-    def _open(self, **differences: Any) -> Any:
-        connection = self._class(**self._options | differences)
-        connection.connect()
-        return connection
-
     def _ask_sentinels(self) -> tuple[str, int]:
-        """Where the primary is, from the first sentinel that says so; they often have no password."""
-        nobody: dict[str, Any] = {"username": None, "password": None}
-        for credentials, (host, port) in itertools.product(({}, nobody), self._sentinels):
-            with suppress(redis.RedisError):
-                sentinel = self._open(host=host, port=port, db=0, decode_responses=True, **credentials)
-                sentinel.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._name)
-                if found := sentinel.read_response():
-                    return found[0], int(found[1])
+        own = {name: value for name, value in self._options.items() if SENTINEL_OPTIONS.fullmatch(name)}
+        own["ssl"] = issubclass(self._class, redis.SSLConnection)
+        own["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)  # it needs protocol 3
+        for credentials in ({}, {"username": None, "password": None}):  # sentinels often have no password
+            sentinel = cast(Any, Sentinel)(self._sentinels, sentinel_kwargs=own | credentials)
+            with suppress(MasterNotFoundError):
+                return cast(tuple[str, int], sentinel.discover_master(self._name))
         raise redis.ConnectionError(f"no sentinel knows a primary {self._name!r}")
 
     def connect(self, moved: tuple[str, int] | None) -> Any:
         """A connection that redis-py opened; this blocks. `moved` is where to, if Redis said so."""
-        if not moved and not self._sentinels:
-            return self._open()
-        host, port = moved or self._ask_sentinels()
-        return self._open(host=host, port=port)
+        options = dict(self._options)
+        if moved or self._sentinels:
+            options["host"], options["port"] = moved or self._ask_sentinels()
+        connection = self._class(**options)
+        connection.connect()
+        return connection
 
 
 class RedisConnection:
@@ -608,11 +607,6 @@ class RedisConnection:
         while (reply := self._reader.gets()) is NOT_YET:
             await self._receive()
         return reply
-
-    async def ping(self) -> None:
-        """Ask for a sign of life on a connection that subscribed; a message serves as well as the reply."""
-        await self._send(pack_command(("PING",)))
-        await self.message()
 
     def hang_up(self) -> None:
         if self._connection is not None:
@@ -1265,24 +1259,19 @@ class Notifier:
 
     def __init__(self) -> None:
         self.count = 0
-        self._sleepers = trio.lowlevel.ParkingLot()
-
-    @property
-    def sleeping(self) -> int:
-        """How many workers have nothing to do."""
-        return len(self._sleepers)
+        self.sleepers = trio.lowlevel.ParkingLot()
 
     def notify(self, jobs: float = math.inf) -> None:
         """Wake as many workers as there are jobs."""
         if jobs:
             self.count += 1
-            if self._sleepers:  # since to find nobody costs as much as to wake somebody
-                self._sleepers.unpark(count=jobs)
+            if self.sleepers:  # since to find nobody costs as much as to wake somebody
+                self.sleepers.unpark(count=jobs)
 
     async def wait(self, seen: int) -> None:
         """Wait for the next notification, but not if there was one since `count` was `seen`."""
         if self.count == seen:
-            await self._sleepers.park()
+            await self.sleepers.park()
 
 
 class WorkerPool:
@@ -1837,7 +1826,7 @@ async def submit() -> Response:
     body = cast(bytes, await request.get_data())
     jobs = parse_jobs(body, current_pool.settings)
     key, fingerprint = parse_key(request.headers.getlist("Idempotency-Key"), body)
-    is_for_others = len(jobs) > current_pool.notifier.sleeping
+    is_for_others = len(jobs) > len(current_pool.notifier.sleepers)
     ids = await current_pool.store.submit(jobs, key, fingerprint, notify=is_for_others)
     current_pool.notifier.notify(len(jobs))
     if ids is None:
