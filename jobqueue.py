@@ -1241,7 +1241,8 @@ class Store:
 
 # ── Workers ─────────────────────────────────────────────────────────────────────────────────────
 
-TICK_SECONDS = 0.5  # how often leases are renewed and the queue is swept
+TICK_SECONDS = 0.5  # how often the queue is swept, and the event loop watched
+HEARTBEAT_SECONDS = 1.0  # how often an instance asks whether its attempts still hold their jobs
 SWEEP_PAUSE_SECONDS = 0.01  # between two sweeps, when jobs fall due one after the other
 AGAIN_SECONDS = 0.2  # how long to wait before a call that failed is made again
 CALM_SECONDS = REPLY_SECONDS + 1.5  # by then every instance has noticed that Redis is back
@@ -1490,7 +1491,7 @@ async def renew_leases(pool: WorkerPool, lease: float) -> int:
 
 
 async def heartbeat(pool: WorkerPool) -> None:
-    """Look after the leases twice a second; and allow the sweep to end those of others, while all is calm."""
+    """Look after the leases each second; and allow the sweep to end those of others, while all is calm."""
     calm_at, renew_at, lease = math.inf, -math.inf, pool.settings.lease_seconds
     while True:
         is_time = trio.current_time() >= renew_at
@@ -1499,11 +1500,11 @@ async def heartbeat(pool: WorkerPool) -> None:
             renew_at = trio.current_time() + lease / 5 if is_time else renew_at
             calm_at = min(calm_at, trio.current_time() + CALM_SECONDS)
             if trio.current_time() >= calm_at:
-                pool.end_leases_by = now + _milliseconds(2 * TICK_SECONDS)
+                pool.end_leases_by = now + _milliseconds(2 * HEARTBEAT_SECONDS)
         except redis.RedisError as error:
             pool.refused(error)
             calm_at = math.inf  # others were cut off too, and must have time to renew theirs
-        await trio.sleep(min(TICK_SECONDS, lease / 5))
+        await trio.sleep(min(HEARTBEAT_SECONDS, lease / 5))
 
 
 async def sweep(pool: WorkerPool) -> None:
