@@ -8,8 +8,10 @@ in between. At every instant it is in exactly one of five places:
               due │   └─release, sweep─┘  │  └──fail, sweep─► failed
                 delayed ◄──retry, defer───┘
 
-A shutdown releases what it cannot finish. The sweep takes back the jobs of a dead worker, once their leases
-have ended. A POST with a delay leads to `delayed`, and a DELETE fails what waits or runs.
+An instance is one process of this program, and its workers are tasks. A claim lends a job to a worker for the
+time of a lease, which the instance's heartbeat renews. The worker completes, fails or retries the job; it
+defers one whose type it does not know, and releases, in a shutdown, what it cannot finish. When a lease ends,
+a sweep takes the job back. A POST with a delay leads to `delayed`; a DELETE fails what waits or runs.
 
 The keys stand behind the prefix `{jobqueue}:`, whose braces keep them in one slot of a Redis Cluster:
     job:<id>            hash         the job itself: FIELDS, and the fencing token of its last claim
@@ -23,7 +25,7 @@ The keys stand behind the prefix `{jobqueue}:`, whose braces keep them in one sl
     idempotency:<hash>  string       what was answered to a submission with that key, for 24 hours
     claim:<worker>      string       what a worker claimed last: number of the claim, and id, for an hour
     layout              string       the version of these keys
-    wake                channel      a message whenever the queue stops being empty
+    wake                channel      a hint that the queue stopped being empty
 
 Read from top to bottom, since each part builds on those above it: Settings, Jobs, Handlers, Redis (where Trio
 meets it), Store (a Lua script for each transition), Workers, HTTP, and the service, which starts all of it.
@@ -83,7 +85,9 @@ from hypercorn.typing import ConnectionState
 from msgspec import UNSET, Meta, UnsetType
 from quart import Blueprint, Response, current_app, redirect, render_template, request
 from quart_trio import QuartTrio
+from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
+from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import (
@@ -147,6 +151,7 @@ class Settings:
     max_retries: int = _setting(3, "attempts after a failed first one, for a job that does not say", 0, 100)
     retry_delay_seconds: float = _setting(0.5, "wait before the first retry; doubles with each", 0, 3600)
     job_timeout_seconds: float = _setting(300.0, "longest attempt, if a job does not say", 0.001, 604_800)
+    # At most an hour: so long the record of a claim is kept.
     lease_seconds: float = _setting(15.0, "a worker silent for so long has lost its job", 0.5, 3600)
     shutdown_grace_seconds: float = _setting(20.0, "what running jobs get to finish at shutdown", 0, 86_400)
     retention_seconds: float = _setting(604_800.0, "how long finished jobs are kept; 0: for ever", 0, 1e10)
@@ -240,7 +245,7 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
     """A job in the hands of a worker."""
 
     token: str  # the fencing token, which no other claim ever had
-    behind: int  # jobs that were left in the queue
+    behind: int  # 1 if there are others behind it in the queue, otherwise 0
     id: str
     job_type: str = ""
     payload: str = ""  # an object, as JSON
@@ -331,8 +336,8 @@ class Attempt:
 
     claim: Claim
     scope: trio.CancelScope  # cancelled at its deadline, when the lease was lost, or by a DELETE
-    lost: bool = False  # whether its lease was lost: the job is somebody else's
-    cancelled: bool = False  # by a DELETE
+    lost: bool = False  # the job has another token now: a sweep took it back, or a DELETE failed it
+    cancelled: bool = False  # a DELETE asks for the end of a thread, which still holds its job
     overstays: int = 0  # ticks since its scope was cancelled
     progress: str = ""  # as JSON, until the next heartbeat takes it
 
@@ -530,8 +535,10 @@ class RedisAddress:
             self._sentinels = [(each.hostname or "", each.port or 26379) for each in addresses]
             url = f"{scheme}://{credentials}{path}"
         pool = redis.ConnectionPool.from_url(url)
-        ours = {"protocol": 2, "socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
-        self._class, self._options = pool.connection_class, pool.connection_kwargs | ours
+        patience = {"socket_timeout": REPLY_SECONDS, "socket_connect_timeout": REPLY_SECONDS}
+        never = Retry(NoBackoff(), 0)  # `Store` says what is sent again
+        self._class = pool.connection_class
+        self._options = pool.connection_kwargs | patience | {"protocol": 2, "retry": never}
         self._class(**self._options)  # which refuses what it does not know
 
     def _ask_sentinels(self) -> tuple[str, int]:
@@ -887,7 +894,7 @@ SCRIPTS = {
         local id, token, transition, text, trace, progress, attempts, delay = unpack(ARGV)
         local worker, number, lease = unpack(ARGV, 9)
         local held_by, status, cancel = unpack(id == '' and {} or read(id, 'token', 'status', 'cancel'))
-        local accepted, due_at = held_by == token, now + delay
+        local accepted, due_at = id == '' or held_by == token, now + delay
         if not accepted or status ~= 'processing' then  -- it is refused, came before, or there is none
           unlist(accepted and id or '')
         elseif transition == 'complete' then
@@ -1100,7 +1107,7 @@ def _milliseconds(seconds: float) -> int:
 
 
 class Store:
-    """The state of all jobs. Every method is one atomic step; when its reply was lost, it can be taken again.
+    """The state of all jobs. Each change is one atomic step; when its reply was lost, it can be taken again.
 
     All raise redis.RedisError: ConnectionError or TimeoutError when Redis is away, ResponseError when it
     refuses. `clock` is Lua that sets `now`, in milliseconds; tests bring their own.
@@ -1127,16 +1134,16 @@ class Store:
         return await self._pipeline.call(*command)
 
     async def submit(
-        self, jobs: Sequence[NewJob], key: str = "", request: str = "", notify: bool = True
+        self, jobs: Sequence[NewJob], key: str = "", request: str = "", is_quiet: bool = False
     ) -> list[str] | None:
         """Put jobs into the queue, or into `delayed`, all or none; their ids.
 
         With an idempotency key, the ids that it got in the last 24 hours; None if that was for another
-        `request`, a word without spaces. Other instances are notified, unless that is not wanted.
+        `request`, a word without spaces. Other instances are not notified if it `is_quiet`.
         """
         answer = " ".join([request, *(job.id for job in jobs)])
         fields = [field for job in jobs for field in (*job[:4], str(job.timeout), _milliseconds(job.delay))]
-        kept = await self._run("submit", key, answer, int(not notify), *fields)
+        kept = await self._run("submit", key, answer, int(is_quiet), *fields)
         first_request, *ids = kept.split(" ")
         return ids if first_request == request else None
 
@@ -1154,7 +1161,7 @@ class Store:
         reporting = claim.id, claim.token, transition, text, trace, progress, attempts, _milliseconds(delay)
         worker, _, number = token.rpartition(":")
         accepted, claimed = await self._run("report", *reporting, worker, number, _milliseconds(lease))
-        return accepted == 1 or not report, Claim.read(token, claimed) if claimed else None
+        return accepted == 1, Claim.read(token, claimed) if claimed else None
 
     async def renew(
         self, held: Iterable[tuple[Claim, str]], lease: float
@@ -1242,13 +1249,13 @@ class Store:
 # ── Workers ─────────────────────────────────────────────────────────────────────────────────────
 
 TICK_SECONDS = 0.5  # how often the queue is swept, and the event loop watched
-HEARTBEAT_SECONDS = 1.0  # how often an instance asks whether its attempts still hold their jobs
+HEARTBEAT_SECONDS = 0.8  # how often an instance asks whether its attempts still hold their jobs
 SWEEP_PAUSE_SECONDS = 0.01  # between two sweeps, when jobs fall due one after the other
 AGAIN_SECONDS = 0.2  # how long to wait before a call that failed is made again
 CALM_SECONDS = REPLY_SECONDS + 1.5  # by then every instance has noticed that Redis is back
 UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of a job
 TRACEBACK_MOST = 8000  # characters that are kept
-FEW = 6  # instances, about, that answer a message; if none does (0.3 %), the next sweep finds the job
+FEW = 6  # instances, about, that answer a message; if none does (e⁻⁶), the next sweep finds the job
 EXIT_SECONDS = 0.8  # after the end of the grace, until the process ends in any case
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked for a sign of life
@@ -1295,7 +1302,7 @@ class WorkerPool:
         self.unknown_types: set[str] = set()  # that were logged already
         self.waiters: WeakValueDictionary[str, trio.Event] = WeakValueDictionary()  # by the id of the job
         self.end_leases_by = 0  # Redis's time, in milliseconds; after it a sweep leaves leases alone
-        self.quiet_until = -math.inf  # about refusals
+        self.log_refusals_from = -math.inf  # so that few of many are logged
 
     def stop(self, grace: float) -> None:
         """Claim nothing more, and cancel in `grace` seconds what still runs then."""
@@ -1314,8 +1321,8 @@ class WorkerPool:
 
     def refused(self, error: redis.RedisError) -> None:
         """Log what Redis refuses, but not all the time; that it is away is for the pipeline to say."""
-        if isinstance(error, redis.ResponseError) and trio.current_time() >= self.quiet_until:
-            self.quiet_until = trio.current_time() + QUIET_SECONDS
+        if isinstance(error, redis.ResponseError) and trio.current_time() >= self.log_refusals_from:
+            self.log_refusals_from = trio.current_time() + QUIET_SECONDS
             log.error("Redis refused: %s", error)
 
     async def tell_redis(self, report: Report | None, token: str) -> Claim | None:
@@ -1383,11 +1390,11 @@ async def run_handler(attempt: Attempt, most_bytes: int) -> Report:
         with attempt.scope:  # inside the `try`: Trio raises here when a handler left a scope of its own open
             return Report(claim, "complete", to_json(await handler(handler.read(claim.payload)), most_bytes))
     except BaseException as raised:  # here, and nowhere else: a handler may raise anything
-        if trio.current_effective_deadline() == -math.inf:  # not the handler: all tasks are being cancelled
+        if trio.current_effective_deadline() == -math.inf:  # a scope around all tasks was cancelled: a crash
             raise
         is_final = any(isinstance(each, Unrecoverable) for each in leaves(raised))
         return Report(claim, "fail" if is_final else "retry", describe(raised), trace(raised))
-    return Report(claim, "retry")  # it was cancelled
+    return Report(claim, "retry")  # it was cancelled: `judge` knows why
 
 
 def judge(pool: WorkerPool, attempt: Attempt, report: Report) -> tuple[Report | None, str, str]:
@@ -1469,7 +1476,7 @@ async def work(pool: WorkerPool) -> None:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run_jobs, pool, worker)
-                [task] = nursery.child_tasks
+                [task] = nursery.child_tasks  # at once: it has not begun, so it cannot have ended
         except* RuntimeError:  # from Trio, for a task that ends with an open nursery
             if not task.child_nurseries:
                 raise
@@ -1491,7 +1498,7 @@ async def renew_leases(pool: WorkerPool, lease: float) -> int:
 
 
 async def heartbeat(pool: WorkerPool) -> None:
-    """Look after the leases each second; and allow the sweep to end those of others, while all is calm."""
+    """Look after the leases; and allow the sweep to end those of others, while all is calm."""
     calm_at, renew_at, lease = math.inf, -math.inf, pool.settings.lease_seconds
     while True:
         is_time = trio.current_time() >= renew_at
@@ -1603,27 +1610,26 @@ async def open_pool(pool: WorkerPool) -> None:
 
 async def warn_of_redis(pool: WorkerPool) -> None:
     """Say what will not go well with this Redis."""
-    if not pool.settings.redis_url:  # the one in memory knows neither
-        return
-    policy, missing = await pool.store.eviction_policy(), await pool.store.missing_rights()
-    if missing:
+    if missing := await pool.store.missing_rights():
         log.error("the Redis user may not run %s; the rights that are needed: %s", ", ".join(missing), RIGHTS)
-    if policy not in ("noeviction", ""):
+    if (policy := await pool.store.eviction_policy()) not in ("noeviction", ""):
         log.warning("Redis may evict jobs: its maxmemory-policy is %s, and should be noeviction", policy)
 
 
 async def inspect_redis(pool: WorkerPool) -> None:
     """Open the pool once Redis is there, and look then at what will not go well with it."""
     was_refused = False
-    while not pool.stopping.is_set():
+    while not pool.opened.is_set():
         try:
             await open_pool(pool)
-            await warn_of_redis(pool)
-            return
-        except redis.RedisError as error:  # that Redis is away is for the pipeline to say
-            if isinstance(error, redis.ResponseError) and not was_refused:
+            if pool.settings.redis_url:  # the one in memory has neither rights nor a policy
+                await warn_of_redis(pool)
+        except redis.ResponseError as error:
+            if not was_refused:
                 log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
-                was_refused = True
+            was_refused = True
+        except redis.RedisError:
+            pass  # the pipeline says that Redis is away
         await trio.sleep(AGAIN_SECONDS)
 
 
@@ -1827,8 +1833,8 @@ async def submit() -> Response:
     body = cast(bytes, await request.get_data())
     jobs = parse_jobs(body, current_pool.settings)
     key, fingerprint = parse_key(request.headers.getlist("Idempotency-Key"), body)
-    is_for_others = len(jobs) > len(current_pool.notifier.sleepers)
-    ids = await current_pool.store.submit(jobs, key, fingerprint, notify=is_for_others)
+    is_quiet = len(jobs) <= len(current_pool.notifier.sleepers)  # there are workers enough here
+    ids = await current_pool.store.submit(jobs, key, fingerprint, is_quiet)
     current_pool.notifier.notify(len(jobs))
     if ids is None:
         raise UnprocessableEntity("this Idempotency-Key was used for another request")
@@ -1840,6 +1846,7 @@ async def submit() -> Response:
 @api.get("/job/<job_id>")
 async def show(job_id: str) -> Response:
     wait = float(parse_query("wait").get("wait", 0))
+    # Before the look, or the end may be missed; and it stands here, since the pool holds it weakly.
     finished = current_pool.waiters.setdefault(job_id, trio.Event())
     found = await current_pool.store.get(job_id)
     if wait and found and found[0] not in FINISHED and not current_pool.stopping.is_set():
@@ -2043,7 +2050,7 @@ async def serve_http(pool: WorkerPool, listeners: Sequence[socket.socket]) -> No
 
 
 async def crash_on_bug(pool: WorkerPool, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-    """Run a task of the service. A bug in it ends the process, and is logged at once: that may take long."""
+    """Run a task of the service. A bug in it ends the process; it is logged first, since that may take long."""
     try:
         await task(*arguments)
     except* Exception as errors:
@@ -2103,7 +2110,7 @@ async def serve(settings: Settings, listeners: Sequence[socket.socket], resource
             for task in (inspect_redis, heartbeat, sweep, watch_handlers, leave_behind):
                 background.start_soon(run, task, pool)
             if url:
-                background.start_soon(run, listen, RedisConnection(url), pool)
+                background.start_soon(run, listen, RedisConnection(url), pool)  # no watch: it may be silent
             async with resources or nullcontext(), trio.open_nursery() as workers:
                 addresses = " and ".join(map(format_address, listeners))  # they listen already
                 place = re.sub(SECRETS, "", url) or "memory, and vanish at exit: set REDIS_URL to keep them"

@@ -38,7 +38,7 @@ from jobqueue import Status, Store
 
 MANY, SOME = 100, 24  # instances
 WORKERS = 100  # of each
-TICKS = 2  # a second, in which an instance renews its leases and sweeps
+TICKS = 2  # a second: the sweeps of an instance
 STORM_SWEEPS = 100  # a second and instance, when jobs fall due one after the other
 STORM_JOBS = 1000  # that fall due in a second
 CHUNK = 200  # jobs that `GET /jobs` without a limit reads at a time
