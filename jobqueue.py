@@ -1255,7 +1255,7 @@ AGAIN_SECONDS = 0.2  # how long to wait before a call that failed is made again
 CALM_SECONDS = REPLY_SECONDS + 1.5  # by then every instance has noticed that Redis is back
 UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of a job
 TRACEBACK_MOST = 8000  # characters that are kept
-FEW = 6  # instances, about, that answer a message; if none does (a chance of 0.2 %), the next sweep finds the job
+FEW = 6  # instances, about, that answer a message; if none does (0.2 %), the next sweep finds the job
 EXIT_SECONDS = 0.8  # after the end of the grace, until the process ends in any case
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked for a sign of life
@@ -2050,7 +2050,7 @@ async def serve_http(pool: WorkerPool, listeners: Sequence[socket.socket]) -> No
 
 
 async def crash_on_bug(pool: WorkerPool, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-    """Run a task of the service. A bug in it ends the process; it is logged first, since that may take long."""
+    """Run a task of the service. A bug in it ends the process; it is logged first, since that takes time."""
     try:
         await task(*arguments)
     except* Exception as errors:
