@@ -895,7 +895,7 @@ SCRIPTS = {
         local worker, number, lease = unpack(ARGV, 9)
         local held_by, status, cancel = unpack(id == '' and {} or read(id, 'token', 'status', 'cancel'))
         local accepted, due_at = id == '' or held_by == token, now + delay
-        if not accepted or status ~= 'processing' then  -- it is refused, came before, or there is none
+        if id == '' or not accepted or status ~= 'processing' then  -- none, or refused, or it came before
           unlist(accepted and id or '')
         elseif transition == 'complete' then
           finish(id, 'completed', 'result', text)
