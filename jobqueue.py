@@ -106,7 +106,8 @@ from werkzeug.local import LocalProxy
 
 __version__ = "2.0.0"
 PROGRAM = os.path.basename(sys.argv[0]) or "jobqueue.py"  # a fork's own name
-LAYOUT = "2"  # of the keys in Redis: programs with another one must not share it
+LAYOUT = "2"  # of the keys in Redis; another one, if older programs would misread a key, a place or a status
+PREFIX = "{jobqueue}:"  # of all keys
 log = logging.getLogger("jobqueue")
 
 # ── Settings ────────────────────────────────────────────────────────────────────────────────────
@@ -368,7 +369,8 @@ def explain(error: Exception, root: str, names: Iterable[str], kinds: Mapping[st
     if misfit in MISFITS:
         known = "" if path else f"; they are: {', '.join(names) or 'none'}"
         return f"{root}{path}.{name[:80]} {MISFITS[misfit]}{known}"
-    if what.startswith("Invalid enum value") and (parameter := re.match(r"\.(\w+)", path)):
+    parameter = re.match(r"\.(\w+)", path)
+    if what.startswith("Invalid enum value") and parameter and parameter[1] in kinds:
         enums = re.findall(r"'enum': \[(.*?)\][,}]", str(msgspec.json.schema(kinds[parameter[1]])))
         what += f"; it must be one of: {' or '.join(enums)}"
     return f"{root}{path}: {what[0].lower()}{what[1:]}"
@@ -773,6 +775,7 @@ LUA_CLOCK = "local time = redis.call('TIME') local now = time[1] .. string.forma
 
 LUA_COMMON = """
 local P = KEYS[1]
+local FINISHED = {'completed', 'failed'}  -- each of these statuses is a place, where its jobs stay
 
 local function read(id, ...)  -- fields of a job; none if it was deleted, or its key is somebody else's
   local held = redis.pcall('HMGET', P .. 'job:' .. id, ...)
@@ -780,14 +783,18 @@ local function read(id, ...)  -- fields of a job; none if it was deleted, or its
   return held.err and {} or held
 end
 
+local function is_finished(status)
+  for _, each in ipairs(FINISHED) do if each == status then return true end end
+end
+
 local function is_stray(id, status, place)
   if status == place then return false end
-  if status then return ({pending = 1, processing = 1, completed = 1, failed = 1})[status] end
+  if status then return status == 'pending' or status == 'processing' or is_finished(status) end
   local fields = redis.pcall('HLEN', P .. 'job:' .. id)
   return type(fields) == 'table' or fields == 0  -- no job; otherwise somebody deleted the status alone
 end
 
-local function push(command, id, is_quiet)  -- LPUSH: last in line; RPUSH: first
+local function push(command, id, is_quiet)  -- LPUSH: last in line; RPUSH: first (COMMANDS looks for both)
   if redis.call(command, P .. 'queue', id) > 1 or is_quiet then return end
   -- A hint, which may fail. It says how many hear it, so that few of many come for one job.
   redis.pcall('PUBLISH', P .. 'wake', redis.pcall('PUBSUB', 'NUMSUB', P .. 'wake')[2] or 1)
@@ -803,7 +810,9 @@ local function move(id, place, time, ...)  -- out of `processing`; in this order
 end
 
 local function finish(id, status, ...)
-  redis.call('ZREM', P .. (status == 'failed' and 'completed' or 'failed'), id)  -- perhaps a stray
+  for _, other in ipairs(FINISHED) do
+    if other ~= status then redis.call('ZREM', P .. other, id) end  -- perhaps a stray
+  end
   move(id, status, now, status, 'finished_at', now, ...)
 end
 
@@ -961,10 +970,14 @@ SCRIPTS = {
             ended[#ended + 1] = {id, job_type or '', attempts, reason and 'failed' or 'pending'}
           end
         end
-        local too_many = redis.call('ZCARD', P .. 'completed') + redis.call('ZCARD', P .. 'failed') - keep
+        local too_many = -keep
+        for _, place in ipairs(FINISHED) do too_many = too_many + redis.call('ZCARD', P .. place) end
         for i = 1, most do
-          local completed, failed = first('completed'), first('failed')
-          local oldest = failed.time < completed.time and failed or completed
+          local oldest = {time = math.huge}
+          for _, place in ipairs(FINISHED) do
+            local found = first(place)
+            if found.time < oldest.time then oldest = found end
+          end
           local id, place = oldest.id, oldest.place
           if not id or i > too_many and oldest.time > now - retention then break end
           more = more or i == tonumber(most)
@@ -1050,7 +1063,7 @@ SCRIPTS = {
         local id, token = unpack(ARGV)  -- then the job types whose handlers cannot be interrupted
         local status, held_by, job_type = unpack(read(id, 'status', 'token', 'job_type'))
         if held_by == token then return 'pending' end  -- this very request came before
-        if not status or status == 'completed' or status == 'failed' then return status end
+        if not status or is_finished(status) then return status end
         local threads = {}
         for i = 3, #ARGV do threads[ARGV[i]] = true end
         unlist('')
@@ -1067,7 +1080,7 @@ SCRIPTS = {
 LUA = LUA_CLOCK + LUA_COMMON + "".join(SCRIPTS.values())
 # Each is tried on one key. DEL comes last, since it takes away what the others left there.
 COMMANDS = [*sorted({*re.findall(r"(?:call|push)\('([A-Z]+)'", LUA)} - {"DEL"}), "EVALSHA", "DEL"]
-RIGHTS = "~{jobqueue}:* &{jobqueue}:* +@read +@write +@scripting +@pubsub +@connection +time +info"
+RIGHTS = f"~{PREFIX}* &{PREFIX}* +@read +@write +@scripting +@pubsub +@connection +time +info"
 NO_LIMIT = 1 << 53  # for Lua, whose numbers are exact up to here
 
 
@@ -1113,7 +1126,7 @@ class Store:
     refuses. `clock` is Lua that sets `now`, in milliseconds; tests bring their own.
     """
 
-    def __init__(self, pipeline: AutoPipeline, prefix: str = "{jobqueue}:", clock: str = LUA_CLOCK) -> None:
+    def __init__(self, pipeline: AutoPipeline, prefix: str = PREFIX, clock: str = LUA_CLOCK) -> None:
         self._pipeline = pipeline
         self.prefix = prefix
         self._texts = {name: "\n".join([clock, LUA_COMMON, lua]) for name, lua in SCRIPTS.items()}

@@ -131,6 +131,15 @@ def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture
         assert name in text
 
 
+def test_every_setting_is_in_the_readme_and_in_the_compose_file() -> None:
+    folder = Path(jobqueue.__file__).parent
+    readme, compose = (folder / "README.md").read_text(), (folder / "docker-compose.yml").read_text()
+    names = {each.name.upper() for each in dataclasses.fields(Settings)}
+    assert {name for name in names if f"`{name}`" not in readme} == set()
+    # The image sets these two.
+    assert {name for name in names if not re.search(rf"\b{name}\b", compose)} == {"HOST", "PORT"}
+
+
 # ── Jobs ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -892,6 +901,28 @@ async def test_finished_jobs_are_deleted_after_the_retention_and_others_never(be
     assert await bench.store.get(done) is None
     assert await bench.store.get(failed) is None
     assert bench.client.zrange("{jobqueue}:history", 0, -1) == [running, waiting]
+
+
+@pytest.mark.parametrize("status", sorted(jobqueue.FINISHED))
+async def test_a_job_of_each_finished_status_is_left_alone_until_it_is_deleted(
+    bench: Bench, status: str
+) -> None:
+    [job_id] = await submitted(bench)
+    await claim(bench, "i:1")
+    bench.client.delete("{jobqueue}:processing", "{jobqueue}:started")
+    bench.client.hset(f"{{jobqueue}}:job:{job_id}", "status", status)
+    bench.client.zadd(f"{{jobqueue}}:{status}", {job_id: 1_000_000_000})
+    before = bench.places(), bench.job(job_id)
+    assert await bench.store.cancel(job_id) == status
+    await report(bench, Claim("x:1", 0, job_id), "complete", "3")
+    await bench.store.sweep(100, keep=1)
+    assert (bench.places(), bench.job(job_id)) == before
+    assert await bench.store.finished([job_id]) == [job_id]
+    page = await bench.store.page(Status(status), "", 10)
+    assert (len(page.jobs), page.counts[Status(status)]) == (1, 1)
+    bench.move(101)
+    await bench.store.sweep(100)
+    assert (bench.places(), bench.job(job_id)) == ({}, {})
 
 
 async def test_a_sweep_does_bounded_work_and_says_that_there_is_more(bench: Bench) -> None:
