@@ -261,9 +261,9 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
         """A claim, from what the script `claim` answered."""
         try:
             return msgspec.convert([token, *values], cls, strict=False)
-        except msgspec.ValidationError as error:  # whose path is the place of the field, as in "$[5]"
-            place = int(str(error).rpartition("[")[2].partition("]")[0])
-            damage = f"its {cls.__struct_fields__[place]} is {values[place - 1] or 'missing'}"
+        except msgspec.ValidationError as error:  # whose path is the index of the field, as in "$[5]"
+            index = int(str(error).rpartition("[")[2].partition("]")[0])
+            damage = f"its {cls.__struct_fields__[index]} is {values[index - 1] or 'missing'}"
             return cls(token, values[0], values[1], damage=f"the job is damaged: {damage}")
 
 
@@ -313,7 +313,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 HANDLERS: dict[str, Handler] = {}
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 MISFITS = {"Object missing required": "is missing", "Object contains unknown": "is not one of the fields"}
-PAGE_FORMATS = {datetime: "date-time", dt.time: "partial-time"}  # msgspec gives them only with a time zone
+FORM_FORMATS = {datetime: "date-time", dt.time: "partial-time"}  # msgspec gives them only with a time zone
 SMTP_SECONDS = 20.0  # longest wait for an SMTP server
 _attempt: ContextVar[Attempt] = ContextVar("_attempt")  # of the handler that runs here, or in this thread
 
@@ -405,8 +405,8 @@ class Handler:
         [reference], schemas = msgspec.json.schema_components([struct])
         self.schema = schemas.pop(reference["$ref"].rpartition("/")[2]) | {"$defs": schemas}  # of the payload
         for each, shown in zip(parameters, self.schema["properties"].values(), strict=True):  # by the page
-            if each.annotation in PAGE_FORMATS:
-                shown["format"] = PAGE_FORMATS[each.annotation]
+            if each.annotation in FORM_FORMATS:
+                shown["format"] = FORM_FORMATS[each.annotation]
             with suppress(ValueError):  # there is no default, or it is not JSON
                 shown["default"] = json.loads(to_json(each.default))
 
@@ -514,7 +514,7 @@ Command = tuple[str | int, ...]
 Transport = Callable[[Sequence[Command]], Awaitable[list[Any]]]  # carries a batch, returns as many replies
 Batch = list[tuple[Command, trio.lowlevel.Task]]  # each command with its caller
 
-CONNECTIONS = 2  # with one the drain is 40 % slower, and a third makes the batches too small
+CONNECTIONS = 2  # with one, short jobs run 40 % slower; and a third makes the batches too small
 REPLY_SECONDS = 2.5  # without progress, and a try has failed; there are two, so a client has its 503 in 6 s
 NOT_YET = object()
 pack_command: Callable[[Command], bytes] = cast(Any, hiredis.pack_command)  # which is typed for one word
@@ -623,7 +623,7 @@ class RedisConnection:
             self._connection = None
 
     async def watch(self) -> None:
-        """Cut off each exchange that makes no progress. A scope around each would cost 5 % of the drain."""
+        """Cut off each exchange that makes no progress. A scope around each would slow short jobs by 5 %."""
         while True:
             await trio.sleep(REPLY_SECONDS / 10)
             if self._connection and trio.current_time() >= self._give_up_at:
@@ -1147,18 +1147,18 @@ class Store:
         return await self._pipeline.call(*command)
 
     async def submit(
-        self, jobs: Sequence[NewJob], key: str = "", request: str = "", is_quiet: bool = False
+        self, jobs: Sequence[NewJob], key: str = "", fingerprint: str = "", is_quiet: bool = False
     ) -> list[str] | None:
         """Put jobs into the queue, or into `delayed`, all or none; their ids.
 
         With an idempotency key, the ids that it got in the last 24 hours; None if that was for another
-        `request`, a word without spaces. Other instances are not notified if it `is_quiet`.
+        `fingerprint`, a word without spaces. Other instances are not notified if it `is_quiet`.
         """
-        answer = " ".join([request, *(job.id for job in jobs)])
+        answer = " ".join([fingerprint, *(job.id for job in jobs)])
         fields = [field for job in jobs for field in (*job[:4], str(job.timeout), _milliseconds(job.delay))]
         kept = await self._run("submit", key, answer, int(is_quiet), *fields)
-        first_request, *ids = kept.split(" ")
-        return ids if first_request == request else None
+        first_fingerprint, *ids = kept.split(" ")
+        return ids if first_fingerprint == fingerprint else None
 
     async def report_and_claim(
         self, report: Report | None, token: str, lease: float
@@ -1860,11 +1860,11 @@ async def submit() -> Response:
 async def show(job_id: str) -> Response:
     wait = float(parse_query("wait").get("wait", 0))
     # Before the look, or the end may be missed; and it stands here, since the pool holds it weakly.
-    finished = current_pool.waiters.setdefault(job_id, trio.Event())
+    is_finished = current_pool.waiters.setdefault(job_id, trio.Event())
     found = await current_pool.store.get(job_id)
     if wait and found and found[0] not in FINISHED and not current_pool.stopping.is_set():
         with trio.move_on_after(wait):
-            await finished.wait()
+            await is_finished.wait()
         found = await current_pool.store.get(job_id)
     if found is None:
         raise NotFound(f"there is no job {job_id[:80]!r}, or no more")
@@ -2010,7 +2010,7 @@ class Client:
             self._reading.cancel()
 
 
-def count_places(workers: int) -> int:
+def most_clients(workers: int) -> int:
     """How many connections of clients there may be: as many as there are descriptors, but for a reserve."""
     if sys.platform == "win32":
         return 10_000  # there is no such limit
@@ -2020,9 +2020,9 @@ def count_places(workers: int) -> int:
     return max(16, most - RESERVED_DESCRIPTORS - 2 * workers)
 
 
-async def accept(listener: trio.SocketListener, places: trio.Semaphore) -> trio.SocketStream:
-    """The next connection, once there is a place for it: until then it waits in the backlog."""
-    await places.acquire()
+async def accept(listener: trio.SocketListener, room: trio.Semaphore) -> trio.SocketStream:
+    """The next connection, once there may be one more: until then it waits in the backlog."""
+    await room.acquire()
     while True:
         try:
             return await listener.accept()
@@ -2036,19 +2036,19 @@ async def serve_http(pool: WorkerPool, listeners: Sequence[socket.socket]) -> No
     config, context, clients = hypercorn.Config(), WorkerContext(None), set[Client]()
     config.errorlog, config.include_server_header = logging.getLogger("hypercorn.error"), False
     make_protocol = partial(H11Protocol, ASGIWrapper(partial(protect, create_app(pool))), config, context)
-    places = trio.Semaphore(count_places(pool.settings.workers))
+    room = trio.Semaphore(most_clients(pool.settings.workers))
 
     async def serve_client(stream: trio.SocketStream) -> None:
         client = Client(stream)
         clients.add(client)
         await client.run(make_protocol)
         clients.remove(client)
-        places.release()
+        room.release()
 
     async def serve_listener(listener: socket.socket) -> None:
         async with trio.SocketListener(trio.socket.from_stdlib_socket(listener)) as accepts:
             while True:
-                serving.start_soon(serve_client, await accept(accepts, places))
+                serving.start_soon(serve_client, await accept(accepts, room))
 
     with pool.requests:
         async with trio.open_nursery() as serving:
@@ -2096,9 +2096,14 @@ def stop_on_signals(pool: WorkerPool) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which `main` holds back
 
 
-def format_address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def announce(settings: Settings, listeners: Sequence[socket.socket]) -> None:
+    """Say where the service listens (its sockets do already), and where it keeps the jobs."""
+    names = [each.getsockname()[:2] for each in listeners]
+    urls = [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in names]
+    store = re.sub(SECRETS, "", settings.redis_url)
+    kept = store or "memory, and vanish at exit: set REDIS_URL to keep them"
+    text = "listening on %s with %d workers; jobs are kept in %s"
+    log.info(text, " and ".join(urls), settings.workers, kept)
 
 
 async def serve(settings: Settings, listeners: Sequence[socket.socket], resources: Resources = None) -> None:
@@ -2116,19 +2121,16 @@ async def serve(settings: Settings, listeners: Sequence[socket.socket], resource
     pool = WorkerPool(Store(pipeline), settings)
     run = partial(crash_on_bug, pool)
     async with trio.open_nursery() as connections:
-        for carry in (pipeline.run, *[each.watch for each in redis_connections]):
-            connections.start_soon(run, carry)
+        for task in (pipeline.run, *[each.watch for each in redis_connections]):
+            connections.start_soon(run, task)
         async with trio.open_nursery() as background:
             stop_on_signals(pool)
-            for task in (inspect_redis, heartbeat, sweep, watch_handlers, leave_behind):
-                background.start_soon(run, task, pool)
+            for pool_task in (inspect_redis, heartbeat, sweep, watch_handlers, leave_behind):
+                background.start_soon(run, pool_task, pool)
             if url:
                 background.start_soon(run, listen, RedisConnection(url), pool)  # no watch: it may be silent
             async with resources or nullcontext(), trio.open_nursery() as workers:
-                addresses = " and ".join(map(format_address, listeners))  # they listen already
-                place = re.sub(SECRETS, "", url) or "memory, and vanish at exit: set REDIS_URL to keep them"
-                text = "listening on %s with %d workers; jobs are kept in %s"
-                log.info(text, addresses, settings.workers, place)
+                announce(settings, listeners)
                 workers.start_soon(run, serve_http, pool, listeners)
                 for _ in range(settings.workers):
                     workers.start_soon(run, work, pool)

@@ -1764,6 +1764,27 @@ async def test_who_loses_his_lease_is_cancelled_and_reports_nothing(
     assert "its lease was lost" in caplog.text
 
 
+async def test_workers_whom_redis_refuses_wait_for_a_sweep_that_succeeds(
+    autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery
+) -> None:
+    carry, calls, is_refusing = memory_bench.transport, list[str](), True
+
+    async def refuse(commands: Any) -> list[Any]:
+        calls.extend(str(command[1]) for command in commands)
+        refusals = [redis.ResponseError("MISCONF no writes for now") for _ in commands]
+        return refusals if is_refusing else await carry(commands)
+
+    memory_bench.transport = refuse
+    await run_pool(memory_bench, nursery, workers=100)
+    await trio.sleep(60)
+    claims = calls.count(memory_bench.store._hashes["report"])
+    assert claims == 100  # one of each worker, in a minute
+    is_refusing = False
+    job_id = (await memory_bench.store.submit([new_job()]) or [""])[0]
+    assert (await finished(memory_bench, job_id))["status"] == "completed"
+    assert calls.count(memory_bench.store._hashes["report"]) > claims
+
+
 def lose_replies(bench: Bench, times: int, is_meant: Callable[[list[Any], list[Any]], bool]) -> list[Any]:
     """Lose the replies of so many exchanges, of commands that were carried out; those that were lost."""
     carry, lost = bench.transport, list[Any]()
