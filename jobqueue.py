@@ -258,7 +258,7 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def read(cls, token: str, values: Sequence[Any]) -> Claim:
-        """A claim, from what the script `claim` answered."""
+        """A claim, from what `claim`, in the script `report`, answered."""
         try:
             return msgspec.convert([token, *values], cls, strict=False)
         except msgspec.ValidationError as error:  # whose path is the index of the field, as in "$[5]"
@@ -349,11 +349,15 @@ def job() -> Job:
     return Job(claim.id, claim.job_type, claim.attempts, claim.max_retries)
 
 
+def to_unicode(text: str) -> str:
+    """A text that can be stored: half of a surrogate pair, which Redis does not take, is escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def progress(done: float, note: str = "") -> None:
     """Tell how much of this job is done, from 0 to 1, with a note. Outside of a job, do nothing."""
     if attempt := _attempt.get(None):
-        text = str(note)[:200].encode(errors="backslashreplace").decode()  # Redis takes no half characters
-        attempt.progress = _json({"done": round(float(done), 4), "note": text})
+        attempt.progress = _json({"done": round(float(done), 4), "note": to_unicode(str(note)[:200])})
 
 
 def explain(error: Exception, root: str, names: Iterable[str], kinds: Mapping[str, Any] = {}) -> str:
@@ -775,7 +779,7 @@ LUA_CLOCK = "local time = redis.call('TIME') local now = time[1] .. string.forma
 
 LUA_COMMON = """
 local P = KEYS[1]
-local FINISHED = {'completed', 'failed'}  -- each of these statuses is a place, where its jobs stay
+local FINISHED = {'completed', 'failed'}  -- in Status's order; each is a place, too, where its jobs stay
 
 local function read(id, ...)  -- fields of a job; none if it was deleted, or its key is somebody else's
   local held = redis.pcall('HMGET', P .. 'job:' .. id, ...)
@@ -867,7 +871,7 @@ SCRIPTS = {
         local key, answer, is_quiet = unpack(ARGV, 1, 3)  -- then each job: NewJob's fields, in their order
         local kept = key ~= '' and redis.call('GET', P .. 'idempotency:' .. key)
         if kept then return kept end
-        local stored, before = {}, redis.call('LLEN', P .. 'queue')
+        local stored, pushed = {}, 0
         local done, problem = pcall(function()
           local number = redis.call('ZREVRANGE', P .. 'history', 0, 0, 'WITHSCORES')[2] or 0
           for i = 4, #ARGV, 6 do
@@ -880,6 +884,7 @@ SCRIPTS = {
               redis.call('ZADD', P .. 'history', number, id)
               if delay == '0' then
                 push('LPUSH', id, is_quiet == '1')
+                pushed = pushed + 1
               else
                 redis.call('HSET', job, 'due_at', now + delay)
                 redis.call('ZADD', P .. 'delayed', now + delay, id)
@@ -889,7 +894,7 @@ SCRIPTS = {
           if key ~= '' then redis.call('SET', P .. 'idempotency:' .. key, answer, 'EX', 86400) end
         end)
         if done then return answer end
-        redis.call('LTRIM', P .. 'queue', redis.call('LLEN', P .. 'queue') - before, -1)
+        redis.call('LTRIM', P .. 'queue', pushed, -1)
         for _, id in ipairs(stored) do
           redis.call('ZREM', P .. 'delayed', id)
           redis.call('ZREM', P .. 'history', id)
@@ -997,6 +1002,7 @@ SCRIPTS = {
         limit, bytes, cut = tonumber(limit), tonumber(bytes), tonumber(cut)
         -- The job that was listed last, and its number: its score, or from -1 downwards in the queue.
         local after, number = string.match(cursor, '(.*)%.(.*)')
+        local is_in_queue = after and tonumber(number) < 0  -- behind all that are delayed
         local ids, numbers, jobs, size, shown = {}, {}, {}, 0, 0  -- ids beyond `limit`: another page
         local function add_scored(place)  -- highest first; where scores are equal, by falling ids
           local ties = after and redis.call('ZCOUNT', P .. place, number, number) or 0
@@ -1017,12 +1023,12 @@ SCRIPTS = {
           return found and found + 1 or redis.call('LLEN', key)
         end
         local function add_queued()
-          local first = after and tonumber(number) < 0 and index_behind(P .. 'queue') or 0
+          local first = is_in_queue and index_behind(P .. 'queue') or 0
           local found = redis.call('LRANGE', P .. 'queue', first, first + limit)
           for i, id in ipairs(found) do ids[#ids + 1], numbers[#ids + 1] = id, -first - i end
         end
         if status == 'pending' then
-          add_scored('delayed')
+          if not is_in_queue then add_scored('delayed') end
           add_queued()
         else
           add_scored(status == '' and 'history' or status == 'processing' and 'started' or status)
@@ -1048,8 +1054,9 @@ SCRIPTS = {
         local first = redis.call('LINDEX', P .. 'queue', -1)
         local created, due = unpack(first and read(first, 'created_at', 'due_at') or {})
         local since = tonumber(due or created or '')
-        return {next, jobs, {pending, count('processing'), count('completed'), count('failed')},
-          since and math.max(0, now - since) or false}""",
+        local counts = {pending, count('processing')}
+        for _, place in ipairs(FINISHED) do counts[#counts + 1] = count(place) end
+        return {next, jobs, counts, since and math.max(0, now - since) or false}""",
     # → those of the ids whose jobs are finished, or unknown
     "finished": """
         local finished = {}
@@ -1271,7 +1278,7 @@ TRACEBACK_MOST = 8000  # characters that are kept
 FEW = 6  # instances, about, that answer a message; if none does (0.2 %), the next sweep finds the job
 EXIT_SECONDS = 0.8  # after the end of the grace, until the process ends in any case
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
-SILENCE_SECONDS = 15.0  # without a message, after which Redis is asked for a sign of life
+SILENCE_SECONDS = 15.0  # without a message, after which the listener subscribes again
 OUR_FRAMES = ("run_handler", "Handler.__call__", "to_thread_run_sync", "Error.unwrap")  # above a handler's
 
 
@@ -1379,7 +1386,7 @@ def describe(error: BaseException) -> str:
         text = "; ".join("".join(traceback.format_exception_only(each)).strip() for each in leaves(error))
     except BaseException:  # an error may have code of its own that shows it, and this may raise anything
         text = f"{type(error).__name__}, which cannot be shown"
-    return text[:2000].encode(errors="backslashreplace").decode()
+    return to_unicode(text[:2000])
 
 
 def trace(error: BaseException) -> str:
@@ -1392,8 +1399,7 @@ def trace(error: BaseException) -> str:
     except BaseException:  # a group may be nested deeper than Python's stack, and an error may not be shown
         return ""
     half = TRACEBACK_MOST // 2
-    text = text if len(text) <= TRACEBACK_MOST else f"{text[:half]}\n…\n{text[-half:]}"
-    return text.encode(errors="backslashreplace").decode()
+    return to_unicode(text if len(text) <= TRACEBACK_MOST else f"{text[:half]}\n…\n{text[-half:]}")
 
 
 async def run_handler(attempt: Attempt, most_bytes: int) -> Report:

@@ -169,7 +169,7 @@ async def sweep(store: Store, keep: int = SETTINGS.keep_jobs) -> None:
 
 
 async def busy(fleet: Fleet, store: Store, instances: int, wanted: float) -> list[jobqueue.Claim]:
-    """All workers run jobs that tell their progress once a second; a lease is renewed every three seconds."""
+    """All workers run jobs that have new progress at each heartbeat; each fourth one renews the leases."""
     await submit_long(store, instances * WORKERS)
     held: list[list[jobqueue.Claim]] = [[] for _ in range(instances)]
     for instance, worker in itertools.product(range(instances), range(WORKERS)):
@@ -178,13 +178,15 @@ async def busy(fleet: Fleet, store: Store, instances: int, wanted: float) -> lis
             raise harness.MeasurementError("there are fewer jobs than workers")
         held[instance].append(claim)
 
+    heartbeats = (LEASE, 0, 0, 0)
+
     def renewals() -> Iterator[Awaitable[object]]:
-        for lease, claims in itertools.product((LEASE, 0, 0), held):
+        for lease, claims in itertools.product(heartbeats, held):
             yield store.renew([(claim, PROGRESS) for claim in claims], lease)
 
     renewing = await fleet.cost(renewals)
     sweeping = await fleet.cost(lambda: (sweep(store) for _ in range(2 * instances)))
-    share = (renewing / 3 / jobqueue.HEARTBEAT_SECONDS + sweeping / 2 * TICKS) * 100
+    share = (renewing / len(heartbeats) / jobqueue.HEARTBEAT_SECONDS + sweeping / 2 * TICKS) * 100
     fleet.costs[f"{instances} busy"] = share
     fleet.add(f"heartbeats, {instances} instances x {WORKERS} workers, all busy", share, " %", wanted)
     return list(itertools.chain(*held))
