@@ -219,6 +219,7 @@ FIELDS = (
 )
 _json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=msgspec.to_builtins).encode
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
+_read_texts = msgspec.json.Decoder(list[str]).decode
 
 
 class JobRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -295,9 +296,9 @@ def _show(name: str, value: str | None) -> str:
     return _json(value.partition("/")[0] if name == "worker" else value)  # of a worker, its instance alone
 
 
-def job_json(job_id: str, values: Iterable[str | None]) -> str:
-    """The JSON of a job, from its stored values in the order of FIELDS; what is not known yet is null."""
-    shown = [f'"{name}": {_show(name, value)}' for name, value in zip(FIELDS, values, strict=True)]
+def job_json(job_id: str, stored: Mapping[str, str | None]) -> str:
+    """The JSON of a job as it is stored; what is not known yet is null."""
+    shown = [f'"{name}": {_show(name, stored.get(name))}' for name in FIELDS]
     return f'{{"id": {_json(job_id)}, {", ".join(shown)}}}'
 
 
@@ -781,10 +782,11 @@ LUA_COMMON = """
 local P = KEYS[1]
 local FINISHED = {'completed', 'failed'}  -- in Status's order; each is a place, too, where its jobs stay
 
-local function read(id, ...)  -- fields of a job; none if it was deleted, or its key is somebody else's
-  local held = redis.pcall('HMGET', P .. 'job:' .. id, ...)
+local function read(id, ...)  -- fields of a job, or of all the names and values in turn
+  local job = P .. 'job:' .. id
+  local held = ... and redis.pcall('HMGET', job, ...) or redis.pcall('HGETALL', job)
   if held.err and not string.find(held.err, 'WRONGTYPE') then error(held.err, 0) end
-  return held.err and {} or held
+  return held.err and {} or held  -- none if it was deleted, or its key is somebody else's
 end
 
 local function is_finished(status)
@@ -995,10 +997,10 @@ SCRIPTS = {
         local next_due = first('delayed').time
         local wait = more and 0 or next_due < math.huge and math.max(0, next_due - now) or -1
         return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
-    # → the next cursor or '', id and fields of each job (perhaps fewer), how many jobs each status has, in
-    #   Status's order; and for how long the first in the queue has been due, if there is one
+    # → the next cursor or '', each job as JSON (names and values in turn, then its id), how many jobs each
+    #   status has, in Status's order; and for how long the first in the queue has been due, if there is one
     "page": """
-        local status, cursor, limit, bytes, cut = unpack(ARGV, 1, 5)  -- then the names of the fields
+        local status, cursor, limit, bytes, cut = unpack(ARGV)
         limit, bytes, cut = tonumber(limit), tonumber(bytes), tonumber(cut)
         -- The job that was listed last, and its number: its score, or from -1 downwards in the queue.
         local after, number = string.match(cursor, '(.*)%.(.*)')
@@ -1035,17 +1037,15 @@ SCRIPTS = {
         end
         while shown < math.min(#ids, limit) and size < bytes do
           shown = shown + 1
-          local job = read(ids[shown], 'status', unpack(ARGV, 6))
-          for i, value in ipairs(job) do
-            if value and #value > cut then  -- no character is halved, and no number looks whole
-              job[i] = string.gsub(string.sub(value, 1, cut), '[\\192-\\255][\\128-\\191]*$', '') .. '…'
+          local job = read(ids[shown])
+          for i = 2, #job, 2 do
+            if #job[i] > cut then  -- no character is halved, and no number looks whole
+              job[i] = string.gsub(string.sub(job[i], 1, cut), '[\\192-\\255][\\128-\\191]*$', '') .. '…'
             end
-            size = size + #(job[i] or '')
+            size = size + #job[i]
           end
-          if status == '' or job[1] == status then  -- otherwise it is a stray, or was cancelled
-            job[1] = ids[shown]
-            jobs[#jobs + 1] = job
-          end
+          job[#job + 1] = ids[shown]
+          jobs[shown] = cjson.encode(job)  -- as one text: Redis takes a third longer for a list
         end
         local next = shown < #ids and ids[shown] .. '.' .. numbers[shown] or ''
         local function count(place) return redis.call('ZCARD', P .. place) end
@@ -1061,7 +1061,7 @@ SCRIPTS = {
     "finished": """
         local finished = {}
         for _, id in ipairs(ARGV) do
-          local status = read(id, 'status')[1]
+          local status = redis.pcall('HGET', P .. 'job:' .. id, 'status')  -- of an unknown job, no text
           if status ~= 'pending' and status ~= 'processing' then finished[#finished + 1] = id end
         end
         return finished""",
@@ -1219,8 +1219,9 @@ class Store:
 
     async def get(self, job_id: str) -> tuple[str, str] | None:
         """The status of a job and all of it as JSON; None if it is unknown."""
-        values = await self._twice("HMGET", f"{self.prefix}job:{job_id}", "status", *FIELDS)
-        return (values[0] or "", job_json(job_id, values[1:])) if any(values) else None
+        values = await self._twice("HMGET", f"{self.prefix}job:{job_id}", *FIELDS)
+        stored = dict(zip(FIELDS, values, strict=True))
+        return (stored["status"] or "", job_json(job_id, stored)) if any(values) else None
 
     async def page(
         self, status: Status | None, cursor: str, limit: int, most_bytes: int = 1 << 30, cut: int = NO_LIMIT
@@ -1231,8 +1232,12 @@ class Store:
         What is stored in more than `cut` bytes is cut off there, ends in "…", and is shown as a text.
         """
         asked = status or "", cursor, limit, most_bytes, cut
-        following, jobs, counts, oldest = await self._run("page", *asked, *FIELDS)
-        found = [job_json(job_id, values) for job_id, *values in jobs if any(values)]
+        following, jobs, counts, oldest = await self._run("page", *asked)
+        found = list[str]()
+        for *names_and_values, job_id in map(_read_texts, jobs):
+            stored = dict(zip(names_and_values[::2], names_and_values[1::2], strict=True))
+            if stored and status in (None, stored.get("status")):  # otherwise a stray, or it was cancelled
+                found.append(job_json(job_id, stored))
         waits = None if oldest is None else oldest / 1000
         return Page(following, found, dict(zip(Status, counts, strict=True)), waits)
 
