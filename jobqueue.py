@@ -775,7 +775,7 @@ class AutoPipeline:
 #   report with another token than the job's is refused; sent again, it finds the status changed already.
 # - The time is Redis's: an instance with a wrong clock must not end the leases of others.
 
-# `now` is a text, since Redis is slow to write numbers; Lua computes with it all the same.
+# `now` is a text, like the numbers that every claim sends: Redis is slow to write a number as one.
 LUA_CLOCK = "local time = redis.call('TIME') local now = time[1] .. string.format('%03d', time[2] / 1000)"
 
 LUA_COMMON = """
@@ -832,7 +832,7 @@ end
 
 local function first_in_queue()  -- its id, the job, and whether there are others behind it
   for _ = 1, 1000 do  -- at most so many that were cancelled
-    local ids = redis.call('LRANGE', P .. 'queue', -2, -1)
+    local ids = redis.call('LRANGE', P .. 'queue', '-2', '-1')
     local id = ids[#ids]
     local job = id and read_job(id)
     if not id or not is_stray(id, job[1], 'pending') then return id, job, #ids - 1 end
@@ -846,11 +846,11 @@ local function claim(worker, number, lease)  -- false without a worker, or if th
   local token, record = worker .. ':' .. number, P .. 'claim:' .. worker
   local id, job, behind = first_in_queue()
   -- The record lives for an hour, since no lease is longer: after that there is nothing to claim again.
-  local before = redis.call('SET', record, number .. ' ' .. (id or ''), 'EX', 3600, 'GET')
+  local before = redis.call('SET', record, number .. ' ' .. (id or ''), 'EX', '3600', 'GET')
   local last, last_id = string.match(before or '', '^(%d+) (.*)')
   local is_again = last and tonumber(last) >= tonumber(number)
   if is_again then  -- its reply was lost; or it comes late, and nobody waits for it any more
-    redis.call('SET', record, before, 'EX', 3600)
+    redis.call('SET', record, before, 'EX', '3600')
     id, job, behind = last_id, read_job(last_id), 1
     if last ~= number or job[1] ~= 'processing' or job[2] ~= token then return false end
   end
@@ -1274,7 +1274,7 @@ class Store:
 # ── Workers ─────────────────────────────────────────────────────────────────────────────────────
 
 TICK_SECONDS = 0.5  # how often the queue is swept, and the event loop watched
-HEARTBEAT_SECONDS = 0.8  # how often an instance asks whether its attempts still hold their jobs
+HEARTBEAT_SECONDS = 0.9  # how often an instance asks whether its attempts still hold their jobs
 SWEEP_PAUSE_SECONDS = 0.01  # between two sweeps, when jobs fall due one after the other
 AGAIN_SECONDS = 0.2  # how long to wait before a call that failed is made again
 CALM_SECONDS = REPLY_SECONDS + 1.5  # by then every instance has noticed that Redis is back
