@@ -21,7 +21,7 @@ The keys stand behind the prefix `{jobqueue}:`, whose braces keep them in one sl
     started             sorted set   the same ids, by the time they began to run
     withdrawn           set          ids in `queue` whose job was cancelled: a claim skips them
     completed, failed   sorted sets  finished ids, by the time they finished
-    history             sorted set   every id, by a number above all others in it: the order of submission
+    history             sorted set   every id, by a number that rises with each submission
     idempotency:<hash>  string       what was answered to a submission with that key, for 24 hours
     claim:<worker>      string       what a worker claimed last: number of the claim, and id, for an hour
     layout              string       the version of these keys
@@ -106,7 +106,7 @@ from werkzeug.local import LocalProxy
 
 __version__ = "2.0.0"
 PROGRAM = os.path.basename(sys.argv[0]) or "jobqueue.py"  # a fork's own name
-LAYOUT = "2"  # of the keys in Redis; another one, if older programs would misread a key, a place or a status
+LAYOUT = "2"  # of the keys in Redis: raise it when older programs would misread a key, a place or a status
 PREFIX = "{jobqueue}:"  # of all keys
 log = logging.getLogger("jobqueue")
 
@@ -115,7 +115,7 @@ log = logging.getLogger("jobqueue")
 REDIS_URL = "redis[s]://[user:password@]host[:port][/db], redis[s]+sentinel://[…]host[:port],…/name[/db] or unix:///path"
 SMTP_URL = "smtp[s]://[user:password@]host[:port]"
 SMTP_PATTERN = r"|smtps?://([^/@?#\s]*@)?(\[[0-9a-f:.]+\]|[^/@?#\s:]+)(:0*[1-9][0-9]*)?"
-# Each text matches the pattern, and the function takes it; or this is said, which never shows a password.
+# Of each text: a pattern, a function that must accept it, and what is said otherwise, without any password.
 TEXTS: dict[str, tuple[str, Callable[[str], object], str]] = {
     "log_level": ("(?ai)debug|info|warning|error", str, "debug, info, warning or error, not {!r}"),
     "api_token": ("[!-~]*", str, "visible ASCII characters, without spaces"),
@@ -140,7 +140,7 @@ def _convert(name: str, text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """From environment variables, `PORT`, and flags that beat them, `--port`. A bad one raises ValueError."""
+    """Read from variables such as PORT, and flags such as --port, which win. ValueError if one is bad."""
 
     redis_url: str = _setting(
         "", "where jobs are kept: redis[s]://, redis[s]+sentinel:// or unix://; unset: in memory"
@@ -152,7 +152,7 @@ class Settings:
     max_retries: int = _setting(3, "attempts after a failed first one, for a job that does not say", 0, 100)
     retry_delay_seconds: float = _setting(0.5, "wait before the first retry; doubles with each", 0, 3600)
     job_timeout_seconds: float = _setting(300.0, "longest attempt, if a job does not say", 0.001, 604_800)
-    # At most an hour: so long the record of a claim is kept.
+    # At most an hour, since the key claim:<worker> is gone then.
     lease_seconds: float = _setting(15.0, "a worker silent for so long has lost its job", 0.5, 3600)
     shutdown_grace_seconds: float = _setting(20.0, "what running jobs get to finish at shutdown", 0, 86_400)
     retention_seconds: float = _setting(604_800.0, "how long finished jobs are kept; 0: for ever", 0, 1e10)
@@ -361,8 +361,8 @@ def progress(done: float, note: str = "") -> None:
         attempt.progress = _json({"done": round(float(done), 4), "note": to_unicode(str(note)[:200])})
 
 
-def explain(error: Exception, root: str, names: Iterable[str], kinds: Mapping[str, Any] = {}) -> str:
-    """What is wrong with a JSON text, and where: `payload.ns[0]: expected int, got str`."""
+def explain(error: Exception, root: str, kinds: Mapping[str, Any]) -> str:
+    """What is wrong with a JSON object of these fields, and where: `payload.ns[0]: expected int, got str`."""
     if isinstance(error, UnicodeDecodeError):
         return f"{root} is not UTF-8: {error.reason} at byte {error.start}"
     if isinstance(error, RecursionError):
@@ -372,7 +372,7 @@ def explain(error: Exception, root: str, names: Iterable[str], kinds: Mapping[st
     what, _, path = str(error).replace("`", "").partition(" - at $")
     misfit, _, name = what.partition(" field ")
     if misfit in MISFITS:
-        known = "" if path else f"; they are: {', '.join(names) or 'none'}"
+        known = "" if path else f"; they are: {', '.join(kinds) or 'none'}"
         return f"{root}{path}.{name[:80]} {MISFITS[misfit]}{known}"
     parameter = re.match(r"\.(\w+)", path)
     if what.startswith("Invalid enum value") and parameter and parameter[1] in kinds:
@@ -409,7 +409,7 @@ class Handler:
         self._decode = msgspec.json.Decoder(struct).decode
         [reference], schemas = msgspec.json.schema_components([struct])
         self.schema = schemas.pop(reference["$ref"].rpartition("/")[2]) | {"$defs": schemas}  # of the payload
-        for each, shown in zip(parameters, self.schema["properties"].values(), strict=True):  # by the page
+        for each, shown in zip(parameters, self.schema["properties"].values(), strict=True):  # in forms
             if each.annotation in FORM_FORMATS:
                 shown["format"] = FORM_FORMATS[each.annotation]
             with suppress(ValueError):  # there is no default, or it is not JSON
@@ -420,7 +420,7 @@ class Handler:
         try:
             return msgspec.structs.asdict(self._decode(payload))
         except (ValueError, RecursionError) as error:
-            raise ValueError(explain(error, "payload", self._kinds, self._kinds)) from None
+            raise ValueError(explain(error, "payload", self._kinds)) from None
 
     async def __call__(self, arguments: Mapping[str, Any]) -> Any:
         """Run the function: in this task if it is `async def`, in a thread if it is `def`."""
@@ -477,7 +477,7 @@ def send_email_through(url: str, sender: str) -> None:
         """Send an e-mail."""
         message = EmailMessage()  # which refuses a line break in a header
         message["From"], message["To"], message["Subject"] = sender, to, subject
-        if any(re.search(r"[\r\n]", str(value)) for value in message.values()):  # in an encoded word
+        if any(re.search(r"[\r\n]", str(value)) for value in message.values()):  # encoded
             raise ValueError("a header may not contain linefeed or carriage return characters")
         message.set_content(body)
         with connect(parts.hostname, parts.port or 0, timeout=SMTP_SECONDS) as server:  # 0: the usual port
@@ -520,9 +520,9 @@ Transport = Callable[[Sequence[Command]], Awaitable[list[Any]]]  # carries a bat
 Batch = list[tuple[Command, trio.lowlevel.Task]]  # each command with its caller
 
 CONNECTIONS = 2  # with one, short jobs run 40 % slower; and a third makes the batches too small
-REPLY_SECONDS = 2.5  # without progress, and a try has failed; there are two, so a client has its 503 in 6 s
+REPLY_SECONDS = 2.5  # without a byte, after which a try has failed; after two, in 6 s, a client gets a 503
 NOT_YET = object()
-pack_command: Callable[[Command], bytes] = cast(Any, hiredis.pack_command)  # which is typed for one word
+pack_command: Callable[[Command], bytes] = cast(Any, hiredis.pack_command)  # whose stub takes one word only
 # What a server says that cannot serve for now: a replica, one that starts, a node that lost or gives away the
 # slot. ASK is not followed: while a slot moves, a script would find only half of the keys at either end.
 WORDS = "READONLY|MASTERDOWN|MOVED|ASK|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|LOADING"
@@ -580,7 +580,7 @@ class RedisConnection:
     async def _connect(self) -> None:
         moved, self._moved = self._moved, None  # after a failure there, the configured address is used again
         connect = self._address.connect
-        with trio.fail_after(REPLY_SECONDS):
+        with trio.fail_at(self._give_up_at):
             self._connection = await trio.to_thread.run_sync(connect, moved, abandon_on_cancel=True)
         self._moved = moved
         self._socket: socket.socket = self._connection._sock  # private: redis-py has no other way to it
@@ -751,7 +751,7 @@ class AutoPipeline:
         unknown whether it was carried out. It can be cancelled before the command is queued, and not after:
         otherwise a claim could take a job out of the queue for a worker that is already gone.
         """
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await trio.lowlevel.checkpoint_if_cancelled()  # which does not wait; nothing below may, up to the end
         self._queue.append((command, trio.lowlevel.current_task()))
         if len(self._queue) == 1:  # otherwise a transport was woken before, or none is idle
             self._idle.unpark()
@@ -768,8 +768,8 @@ class AutoPipeline:
 # - Add, name, take away. A job is put into its new place, then its status names that place, then it leaves
 #   the old one: at every call it is at least where its status says. What an error leaves over is a stray, an
 #   entry in a place that the status does not name. Whoever meets it there removes it.
-# - The first write takes away. Redis out of memory refuses scripts whose first write may add: that shall meet
-#   `submit`, whose client can be told, and never a report or a renewal.
+# - The first write takes away. Redis out of memory refuses scripts whose first write may add. Only `submit`,
+#   whose client can be told, may be refused: every other script begins by taking away, if only nothing.
 # - Everything may be sent twice, since a lost reply tells nothing. A submission brings its ids. A claim has a
 #   fencing token, "<worker>:<number>", that no other claim ever had: sent again, it gets the same job. A
 #   report with another token than the job's is refused; sent again, it finds the status changed already.
@@ -802,11 +802,11 @@ end
 
 local function push(command, id, is_quiet)  -- LPUSH: last in line; RPUSH: first (COMMANDS looks for both)
   if redis.call(command, P .. 'queue', id) > 1 or is_quiet then return end
-  -- A hint, which may fail. It says how many hear it, so that few of many come for one job.
+  -- A hint, which may fail. It says how many hear it, so that only a few instances come for a job.
   redis.pcall('PUBLISH', P .. 'wake', redis.pcall('PUBSUB', 'NUMSUB', P .. 'wake')[2] or 1)
 end
 
-local function unlist(id) redis.call('ZREM', P .. 'started', id) end  -- of nothing: begin by taking away
+local function unlist(id) redis.call('ZREM', P .. 'started', id) end  -- of '': a first write that takes away
 
 local function move(id, place, time, ...)  -- out of `processing`; in this order, as the first two rules say
   unlist(id)
@@ -831,7 +831,7 @@ local function read_job(id)
 end
 
 local function first_in_queue()  -- its id, the job, and whether there are others behind it
-  for _ = 1, 1000 do  -- at most so many that were cancelled
+  for _ = 1, 1000 do  -- skips at most so many cancelled jobs
     local ids = redis.call('LRANGE', P .. 'queue', '-2', '-1')
     local id = ids[#ids]
     local job = id and read_job(id)
@@ -929,7 +929,7 @@ SCRIPTS = {
     # → now, the tokens that hold no job, and those that a DELETE asks to be cancelled
     "renew": """
         local lease = unpack(ARGV, 1, 1)  -- then the id, the token and the progress of each claim
-        local lost, cancelled = {}, {}
+        local lost, cancelled, lease_end = {}, {}, string.format('%d', now + lease)
         unlist('')
         for i = 2, #ARGV, 3 do
           local id, token, progress = unpack(ARGV, i, i + 2)
@@ -937,7 +937,7 @@ SCRIPTS = {
           if held_by ~= token or is_stray(id, status, 'processing') then
             lost[#lost + 1] = token
           else
-            if lease ~= '0' then redis.call('ZADD', P .. 'processing', now + lease, id) end
+            if lease ~= '0' then redis.call('ZADD', P .. 'processing', lease_end, id) end
             if progress ~= '' then redis.call('HSET', P .. 'job:' .. id, 'progress', progress) end
             if cancel then cancelled[#cancelled + 1] = token end
           end
@@ -1039,7 +1039,7 @@ SCRIPTS = {
           shown = shown + 1
           local job = read(ids[shown])
           for i = 2, #job, 2 do
-            if #job[i] > cut then  -- no character is halved, and no number looks whole
+            if #job[i] > cut then  -- not in mid-character; with the … no number looks whole
               job[i] = string.gsub(string.sub(job[i], 1, cut), '[\\192-\\255][\\128-\\191]*$', '') .. '…'
             end
             size = size + #job[i]
@@ -1069,7 +1069,7 @@ SCRIPTS = {
     "cancel": """
         local id, token = unpack(ARGV)  -- then the job types whose handlers cannot be interrupted
         local status, held_by, job_type = unpack(read(id, 'status', 'token', 'job_type'))
-        if held_by == token then return 'pending' end  -- this very request came before
+        if held_by == token then return 'pending' end  -- this request came before, and its reply was lost
         if not status or is_finished(status) then return status end
         local threads = {}
         for i = 3, #ARGV do threads[ARGV[i]] = true end
@@ -1098,7 +1098,7 @@ class Report(NamedTuple):
     transition: str  # complete, fail, retry, defer or release
     text: str = ""  # the result as JSON, or the error
     traceback: str = ""  # of the error
-    delay: float = 0  # seconds, before a retry or after a defer
+    delay: float = 0  # seconds before the next attempt
     progress: str = ""  # as JSON, unless a heartbeat took it
 
 
@@ -1147,7 +1147,7 @@ class Store:
         try:
             return await self._pipeline.call(*command)
         except redis.exceptions.NoScriptError:
-            for text in self._texts.values():  # all, or a submission falls behind the claims that it woke
+            for text in self._texts.values():  # all: a later load would hold up a submission, not its claims
                 await self._pipeline.call("SCRIPT", "LOAD", text)
         except (redis.ConnectionError, redis.TimeoutError):
             pass
@@ -1199,7 +1199,7 @@ class Store:
     ) -> Sweep:
         """Queue what is due, take back what has no living worker, delete finished jobs: `most` of each.
 
-        Those go that are older than `retention` seconds, and the oldest beyond `keep`; 0: no such limit. When
+        Delete those older than `retention` seconds, and the oldest beyond `keep`; 0: no such limit. When
         Redis's time is past `end_leases_by`, in milliseconds, nothing is taken back: this sweep was held up,
         as the renewals of others may have been. If there was more to do, the wait is 0.
         """
@@ -1229,17 +1229,16 @@ class Store:
         """At most `limit` jobs behind the cursor, from the first if it is empty; fewer if they are large.
 
         Newest first: by submission, or with a `status` by when they began to run, finished, or will be due.
-        What is stored in more than `cut` bytes is cut off there, ends in "…", and is shown as a text.
+        Values longer than `cut` bytes are cut, end in "…", and are shown as texts.
         """
-        asked = status or "", cursor, limit, most_bytes, cut
-        following, jobs, counts, oldest = await self._run("page", *asked)
+        cursor, jobs, counts, oldest = await self._run("page", status or "", cursor, limit, most_bytes, cut)
         found = list[str]()
         for *names_and_values, job_id in map(_read_texts, jobs):
             stored = dict(zip(names_and_values[::2], names_and_values[1::2], strict=True))
             if stored and status in (None, stored.get("status")):  # otherwise a stray, or it was cancelled
                 found.append(job_json(job_id, stored))
         waits = None if oldest is None else oldest / 1000
-        return Page(following, found, dict(zip(Status, counts, strict=True)), waits)
+        return Page(cursor, found, dict(zip(Status, counts, strict=True)), waits)
 
     async def ping(self) -> None:
         """Ask whether Redis is there."""
@@ -1281,7 +1280,7 @@ CALM_SECONDS = REPLY_SECONDS + 1.5  # by then every instance has noticed that Re
 UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of a job
 TRACEBACK_MOST = 8000  # characters that are kept
 FEW = 6  # instances, about, that answer a message; if none does (0.2 %), the next sweep finds the job
-EXIT_SECONDS = 0.8  # after the end of the grace, until the process ends in any case
+EXIT_SECONDS = 0.8  # from the end of the grace to the forced exit
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 SILENCE_SECONDS = 15.0  # without a message, after which the listener subscribes again
 OUR_FRAMES = ("run_handler", "Handler.__call__", "to_thread_run_sync", "Error.unwrap")  # above a handler's
@@ -1298,7 +1297,7 @@ class Notifier:
         """Wake as many workers as there are jobs."""
         if jobs:
             self.count += 1
-            if self.sleepers:  # since to find nobody costs as much as to wake somebody
+            if self.sleepers:  # or it would cost as much to wake nobody
                 self.sleepers.unpark(count=jobs)
 
     async def wait(self, seen: int) -> None:
@@ -1327,7 +1326,7 @@ class WorkerPool:
         self.unknown_types: set[str] = set()  # that were logged already
         self.waiters: WeakValueDictionary[str, trio.Event] = WeakValueDictionary()  # by the id of the job
         self.end_leases_by = 0  # Redis's time, in milliseconds; after it a sweep leaves leases alone
-        self.log_refusals_from = -math.inf  # so that few of many are logged
+        self.log_refusals_from = -math.inf  # when the next one may be logged, since there may be many
 
     def stop(self, grace: float) -> None:
         """Claim nothing more, and cancel in `grace` seconds what still runs then."""
@@ -1367,8 +1366,8 @@ class WorkerPool:
                 if report:
                     log.warning("job %s: its report may be lost; then it runs again", report.claim.id)
                 return None
-            with trio.move_on_at(self.grace.deadline):  # thousands of workers must not press an ailing Redis
-                await self.recovery.wait(seen)
+            with trio.move_on_at(self.grace.deadline):
+                await self.recovery.wait(seen)  # or thousands of workers would press an ailing Redis
         if report and not accepted:
             log.warning("job %s: report refused: too late, or sent twice", report.claim.id)
         elif report and report.transition in ("complete", "fail"):
@@ -1411,7 +1410,7 @@ async def run_handler(attempt: Attempt, most_bytes: int) -> Report:
     """What to report of a job, if that depends on its handler alone."""
     claim, handler = attempt.claim, HANDLERS[attempt.claim.job_type]
     try:
-        with attempt.scope:  # inside the `try`: Trio raises here when a handler left a scope of its own open
+        with attempt.scope:  # inside the `try`: to leave it raises, if the handler left a scope open
             return Report(claim, "complete", to_json(await handler(handler.read(claim.payload)), most_bytes))
     except BaseException as raised:  # here, and nowhere else: a handler may raise anything
         if trio.current_effective_deadline() == -math.inf:  # a scope around all tasks was cancelled: a crash
@@ -1455,7 +1454,7 @@ async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
     if ended.traceback:
         log.debug("the traceback:\n%s", ended.traceback)
     _attempt.reset(in_context)  # last: all of the above names the job in the log
-    return report._replace(progress=attempt.progress) if report and attempt.progress else report
+    return report and report._replace(progress=attempt.progress)
 
 
 def decline(pool: WorkerPool, claim: Claim) -> Report | None:
@@ -1492,7 +1491,7 @@ async def work(pool: WorkerPool) -> None:
     """A worker, until the pool is stopping.
 
     A handler can leave something behind in its task, such as a context variable or an open nursery. Then that
-    task ends before it meets the next job, and a fresh one goes on. (One for each attempt halves the speed.)
+    task ends before it meets the next job, and a fresh one goes on. (One for each attempt: half the speed.)
     """
     worker = f"{pool.instance}:{next(pool.numbers)}"
     await pool.opened.wait()
@@ -1510,7 +1509,8 @@ async def renew_leases(pool: WorkerPool, lease: float) -> int:
     """Renew all leases, and cancel what lost its own or is to be cancelled; Redis's time, in milliseconds."""
     told = {attempt: attempt.progress for attempt in pool.attempts.values() if not attempt.lost}
     held = [(attempt.claim, progress) for attempt, progress in told.items()]
-    now, lost, cancelled = await pool.store.renew(held, lease)
+    now, *tokens = await pool.store.renew(held, lease)
+    lost, cancelled = map(set, tokens)  # after an outage, perhaps all of thousands
     for attempt, progress in told.items():  # some of which may have ended meanwhile: that harms nothing
         if attempt.progress == progress:  # otherwise there is more to tell
             attempt.progress = ""
@@ -1542,6 +1542,8 @@ async def sweep(pool: WorkerPool) -> None:
     """Sweep, twice a second or when a job is due; and look for awaited jobs that other instances finished."""
     limits = pool.settings.retention_seconds, pool.settings.keep_jobs
     await pool.opened.wait()
+    if pool.stopping.is_set():  # perhaps nobody has looked whose keys these are
+        return
     while True:
         wait = TICK_SECONDS
         try:
@@ -1625,8 +1627,7 @@ async def listen(connection: RedisConnection, pool: WorkerPool) -> None:
 
 async def open_pool(pool: WorkerPool) -> None:
     """Let the pool work, if the keys in Redis are this program's; otherwise end the process."""
-    layout = await pool.store.layout()
-    if layout != LAYOUT:
+    if not pool.opened.is_set() and (layout := await pool.store.layout()) != LAYOUT:
         log.critical("Redis has jobs of another version: layout %s, and this program's is %s", layout, LAYOUT)
         os._exit(1)  # at once: nobody may go on and write to keys that are not ours
     pool.opened.set()
@@ -1642,16 +1643,17 @@ async def warn_of_redis(pool: WorkerPool) -> None:
 
 async def inspect_redis(pool: WorkerPool) -> None:
     """Open the pool once Redis is there, and look then at what will not go well with it."""
-    was_refused = False
-    while not pool.opened.is_set():
+    has_looked = was_refused = False
+    while not has_looked:
         try:
             await open_pool(pool)
             if pool.settings.redis_url:  # the one in memory has neither rights nor a policy
                 await warn_of_redis(pool)
+            has_looked = True
         except redis.ResponseError as error:
             if not was_refused:
                 log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
-            was_refused = True
+            was_refused, has_looked = True, pool.opened.is_set()
         except redis.RedisError:
             pass  # the pipeline says that Redis is away
         await trio.sleep(AGAIN_SECONDS)
@@ -1659,16 +1661,16 @@ async def inspect_redis(pool: WorkerPool) -> None:
 
 # ── HTTP ────────────────────────────────────────────────────────────────────────────────────────
 
-SMALL_BYTES = 8192  # so much reaches Redis in one piece
+SMALL_BYTES = 8192  # so much reaches Redis in one piece: no later command overtakes it
 CHUNK = 200  # jobs that are fetched at a time without ?limit=
-PAGE_BYTES, CHUNK_BYTES = 4_000_000, 250_000  # with a limit and without: the job that exceeds it is the last
+PAGE_BYTES, CHUNK_BYTES = 4_000_000, 250_000  # with ?limit= and without; the job that goes beyond is the last
 CURSOR = r"|[0-9a-f-]{36}\.-?[0-9]{1,16}"
 # What the value of a parameter must match, and how that is said.
 PARAMETERS = {
     "status": ("|".join(Status), f"one of: {', '.join(Status)}"),
     "cursor": (CURSOR, "one from a Link header, with the status that was asked for there"),
-    "limit": ("0*([1-9][0-9]{0,2}|1000)", "a whole number from 1 to 1000"),
-    "cut": ("0*([1-9][0-9]{2,3}|10000)", "a whole number from 100 to 10000"),  # bytes of a field
+    "limit": ("0{0,9}([1-9][0-9]{0,2}|1000)", "a whole number from 1 to 1000"),
+    "cut": ("0{0,9}([1-9][0-9]{2,3}|10000)", "a whole number from 100 to 10000"),  # bytes of a field
     "wait": (r"[0-2]?[0-9](\.[0-9]+)?|30(\.0+)?", "a number of seconds from 0 to 30"),
 }
 HOST = re.compile(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?(:\d{1,5})?|\[[\da-f:.]{2,45}\](:\d{1,5})?|", re.I | re.A)
@@ -1677,7 +1679,7 @@ BEARER = WWWAuthenticate("bearer", {"realm": "jobqueue"})
 
 read_jobs = msgspec.json.Decoder(JobRequest | list[JobRequest]).decode
 api = Blueprint("api", __name__)
-# The pool of the app that has this request, as Quart's `current_app` is that app.
+# The pool of the app that serves this request.
 current_pool = cast(WorkerPool, LocalProxy(lambda: current_app.config["POOL"]))
 
 
@@ -1701,7 +1703,7 @@ def parse_jobs(body: bytes, settings: Settings) -> list[NewJob]:
         body.decode()  # since msgspec does not look into a payload, which is kept as it is
         asked = read_jobs(body)
     except (ValueError, RecursionError) as error:
-        problem = explain(error, "the body", JobRequest.__struct_fields__)
+        problem = explain(error, "the body", JobRequest.__annotations__)
         problem = re.sub(r"^the body\[(\d+)\](\.|: )", r"job \1 of the array: ", problem)
         raise BadRequest(problem.removeprefix("the body.")) from None
     if not asked:
@@ -1745,14 +1747,14 @@ def json_response(text: str | AsyncIterator[str], status: int = 200, headers: An
     return Response(text, status, headers, content_type="application/json")
 
 
-def wants_page() -> bool:
+def wants_html() -> bool:
     """Whether this request asks for the list of jobs as a page for people, not as JSON."""
     best = request.accept_mimetypes.best_match(["application/json", "text/html"])
     return request.method in ("GET", "HEAD") and request.path == "/jobs" and best == "text/html"
 
 
-async def live_page() -> Response:
-    """The page: it holds no jobs, its script asks for them. And it can load nothing from elsewhere."""
+async def html_page() -> Response:
+    """The page: it holds no jobs, its script asks for them. Its policy forbids it to load anything else."""
     nonce = secrets.token_urlsafe(16)
     text = await render_template("jobs.html", nonce=nonce, handlers=HANDLERS)
     policy = (
@@ -1776,7 +1778,7 @@ async def protect(app: Any, scope: Any, receive: Any, send: Any) -> None:
 
     async def receive_request() -> Any:
         message = await receive()
-        # It comes after each answer, too, and then Quart would cancel hypercorn, which still sends the end.
+        # hypercorn says so after each answer, too; Quart would then cancel it before the end is sent.
         if message["type"] == "http.disconnect":  # so `Client` alone cancels what nobody waits for
             await trio.sleep_forever()
         return message
@@ -1804,15 +1806,15 @@ async def check_caller() -> None:
     if request.path == "/":
         return
     if settings.api_token:
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        is_right = hmac.compare_digest(token.strip().encode(), settings.api_token.encode())
-        if not (scheme.lower() == "bearer" and is_right) and not wants_page():
+        scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
+        is_right = hmac.compare_digest(sent.strip().encode(), settings.api_token.encode())
+        if not (scheme.lower() == "bearer" and is_right) and not wants_html():
             text = "send the header Authorization: Bearer, with the API token"
             raise Unauthorized(text, www_authenticate=BEARER)
         return
     own_name = rf"([\w-]+|[\d.]+|\[[\da-f:.]+\]|{re.escape(settings.host)})(:\d+)?"
     if not re.fullmatch(own_name, name := request.headers.get("Host", ""), re.I | re.A):
-        raise Forbidden(f"{name[:80]!r} is not a name of this server; to use another, set API_TOKEN")
+        raise Forbidden(f"{name[:80]!r} is not a name of this server; API_TOKEN allows any name")
 
 
 @api.after_app_request
@@ -1853,17 +1855,17 @@ async def submit() -> Response:
         raise UnsupportedMediaType("the Content-Type must be application/json")
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise UnsupportedMediaType("the body must have no Content-Encoding")
-    if not current_pool.opened.is_set():
-        await open_pool(current_pool)
+    await open_pool(current_pool)
     body = cast(bytes, await request.get_data())
     jobs = parse_jobs(body, current_pool.settings)
     key, fingerprint = parse_key(request.headers.getlist("Idempotency-Key"), body)
     is_quiet = len(jobs) <= len(current_pool.notifier.sleepers)  # there are workers enough here
-    # A claim that follows a small submission at once cannot overtake it, and a job starts a fifth earlier.
-    is_small = len(body) < SMALL_BYTES
-    current_pool.notifier.notify(len(jobs) if is_small else 0)
+    # A worker that wakes up now sends its claim right behind a small submission: `notify` only schedules it,
+    # and `submit` does not wait before its command is queued. So a job starts a fifth earlier.
+    woken = len(jobs) if len(body) < SMALL_BYTES else 0
+    current_pool.notifier.notify(woken)
     ids = await current_pool.store.submit(jobs, key, fingerprint, is_quiet)
-    current_pool.notifier.notify(0 if is_small else len(jobs))
+    current_pool.notifier.notify(len(jobs) - woken)
     if ids is None:
         raise UnprocessableEntity("this Idempotency-Key was used for another request")
     if body.lstrip().startswith(b"["):
@@ -1874,7 +1876,7 @@ async def submit() -> Response:
 @api.get("/job/<job_id>")
 async def show(job_id: str) -> Response:
     wait = float(parse_query("wait").get("wait", 0))
-    # Before the look, or the end may be missed; and it stands here, since the pool holds it weakly.
+    # Made before the look, or the end may be missed; and kept here, since the pool's reference is weak.
     is_finished = current_pool.waiters.setdefault(job_id, trio.Event())
     found = await current_pool.store.get(job_id)
     if wait and found and found[0] not in FINISHED and not current_pool.stopping.is_set():
@@ -1889,6 +1891,7 @@ async def show(job_id: str) -> Response:
 @api.delete("/job/<job_id>")
 async def cancel(job_id: str) -> Response:
     parse_query("wait")  # refuse it before anything is done
+    await open_pool(current_pool)
     status = await current_pool.store.cancel(job_id)
     if status in FINISHED:
         raise Conflict(f"the job is {status} already")
@@ -1908,17 +1911,21 @@ async def home() -> Any:
 
 async def stream(fetch: Callable[..., Awaitable[Page]], page: Page) -> AsyncIterator[str]:
     """A list of jobs, from its first page on, in constant memory."""
-    yield "[" + ",\n".join(page.jobs)
-    while page.cursor:
+    before = "["
+    while True:
+        if page.jobs:  # otherwise all of this part were cancelled
+            yield before + ",\n".join(page.jobs)
+            before = ",\n"
+        if not page.cursor:
+            break
         page = await fetch(page.cursor, CHUNK, CHUNK_BYTES)
-        yield "".join(",\n" + job for job in page.jobs)
-    yield "]\n"
+    yield "[]\n" if before == "[" else "]\n"
 
 
 @api.get("/jobs")
 async def list_jobs() -> Response:
-    if wants_page():
-        return await live_page()
+    if wants_html():
+        return await html_page()
     query = parse_query("status", "limit", "cursor", "cut")
     status, cursor = Status(query["status"]) if "status" in query else None, query.get("cursor", "")
     fetch = partial(current_pool.store.page, status, cut=int(query.get("cut", NO_LIMIT)))
@@ -1980,7 +1987,7 @@ class Client:
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self._scope = trio.CancelScope()  # around all that the connection does
-        # Around the reading of requests: it has a deadline while none is under way.
+        # Around the reading of requests. Its deadline is finite while none is under way, and only then.
         self._reading = trio.CancelScope(deadline=trio.current_time() + IDLE_CLIENT_SECONDS)
 
     async def run(self, make_protocol: Callable[..., H11Protocol]) -> None:
@@ -2094,7 +2101,7 @@ def stop_on_signals(pool: WorkerPool) -> None:
     A plain signal handler: it runs even while a job's handler blocks the event loop. So it only does what may
     be done between any two instructions; the rest is the event loop's, once that goes on.
     """
-    token = trio.lowlevel.current_trio_token()
+    call_soon = trio.lowlevel.current_trio_token().run_sync_soon
     graces = itertools.chain([pool.settings.shutdown_grace_seconds], itertools.repeat(0.0))
     text = "%s: stopping; what runs has %g s to finish"
 
@@ -2102,8 +2109,8 @@ def stop_on_signals(pool: WorkerPool) -> None:
         grace = next(graces)
         end_process(pool, grace + EXIT_SECONDS)
         with suppress(trio.RunFinishedError):
-            token.run_sync_soon(log.info, text, signal.Signals(number).name, grace)
-            token.run_sync_soon(pool.stop, grace)
+            call_soon(log.info, text, signal.Signals(number).name, grace)
+            call_soon(pool.stop, grace)
 
     for number in SIGNALS:
         signal.signal(number, on_signal)
@@ -2152,7 +2159,7 @@ async def serve(settings: Settings, listeners: Sequence[socket.socket], resource
             background.cancel_scope.cancel()
         connections.cancel_scope.cancel()
     log.info("stopped")
-    for number in SIGNALS:  # now, or one that comes while Trio ends would be a line about its own pipe
+    for number in SIGNALS:  # or one that comes while Trio ends would make it warn of its own pipe
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -2232,13 +2239,12 @@ def fork_processes(count: int, listeners: Sequence[socket.socket]) -> None:
     for number in SIGNALS:
         signal.signal(number, pass_on)
     while children or count:
-        if len(children) < count:
+        while len(children) < count:
             if (child := os.fork()) == 0:
                 os.setpgrp()  # a Ctrl+C is for the parent to pass on: to get it twice would end the grace
                 threading.Thread(target=stop_with_parent, args=(parent,), daemon=True).start()
                 return
             children[child] = time.monotonic()
-            continue
         # Signals come only here: each must meet all children, so none may come while one is being forked.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         child, waited = os.wait()
@@ -2248,7 +2254,7 @@ def fork_processes(count: int, listeners: Sequence[socket.socket]) -> None:
         if began is None:  # the first process of a container is given those that lost their parent
             continue
         if count and status > 0 and time.monotonic() < began + YOUNG_SECONDS:
-            pass_on(signal.SIGTERM)  # another would end so, too: the keys in Redis have another layout, say
+            pass_on(signal.SIGTERM)  # a new one would fail as well, as with keys of another layout
         if count:
             log.error("process %d is gone, with status %d: another one starts", child, status)
             time.sleep(AGAIN_SECONDS)
@@ -2258,7 +2264,7 @@ def fork_processes(count: int, listeners: Sequence[socket.socket]) -> None:
 
 
 def main(resources: Resources = None) -> None:
-    """Read the settings, listen, serve. A signal that comes before `serve` waits for it, but on Windows.
+    """Read the settings, listen, serve. Signals are held until `serve` handles them, but not on Windows.
 
     `resources` is what handlers share, such as a pool of connections: it is entered before the first job, and
     left after the last.

@@ -1494,6 +1494,31 @@ async def test_what_redis_refuses_the_workers_is_logged_but_not_all_the_time(
     assert (await finished(memory_bench, job_id))["result"] == "2"
 
 
+async def test_redis_is_looked_at_also_when_a_post_came_first(
+    memory_bench: Bench,
+    nursery: trio.Nursery,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def one(_: Store) -> list[str]:
+        return ["ZADD"]
+
+    monkeypatch.setattr(Store, "missing_rights", one)
+    pool = WorkerPool(memory_bench.store, Settings(redis_url="redis://localhost"))
+    await jobqueue.open_pool(pool)
+    await jobqueue.inspect_redis(pool)
+    assert "may not run ZADD" in caplog.text
+
+
+async def test_nothing_is_swept_at_a_shutdown_that_comes_before_the_layout_is_known(
+    memory_bench: Bench,
+) -> None:
+    pool = WorkerPool(memory_bench.store, Settings())
+    pool.stop(grace=20)
+    with trio.fail_after(10):
+        await jobqueue.sweep(pool)
+
+
 async def test_who_may_not_listen_for_work_is_told_so(
     own_redis: Callable[..., RedisServer], nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1974,6 +1999,25 @@ async def test_a_job_is_accepted_with_its_id_and_its_address(api: Api, job: dict
     assert (shown["id"], shown["status"], shown["payload"]) == (answer["id"], "pending", job["payload"])
 
 
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+async def test_nothing_is_written_to_keys_of_another_layout(
+    api: Api, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(status: int) -> None:
+        ended.append(status)
+        raise RuntimeError
+
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", end)
+    [job_id] = await submitted(api.bench)
+    api.bench.client.set("{jobqueue}:layout", "99")
+    api.pool.opened = trio.Event()
+    await api.client.open("/job" if method == "POST" else f"/job/{job_id}", method=method, json=GOOD)
+    assert ended == [1]
+    assert api.bench.places() == {"queue": [job_id]}
+    assert (await api.get(f"/job/{job_id}"))[1]["status"] == "pending"
+
+
 async def test_the_first_job_in_memory_need_not_wait_for_a_sweep(
     autojump_clock: MockClock, api: Api, nursery: trio.Nursery
 ) -> None:
@@ -2093,6 +2137,9 @@ async def test_a_body_over_the_limit_is_413(api: Api) -> None:
         ("PATCH", "/job/x", 405),
         ("GET", "/jobs?limit=0", 400),
         ("GET", "/jobs?limit=1001", 400),
+        ("GET", f"/jobs?limit={'0' * 5000}1", 400),
+        ("GET", f"/jobs?cut={'0' * 5000}100", 400),
+        ("GET", f"/job/x?wait=0.{'0' * 5000}", 404),
         ("GET", "/jobs?limit=-1", 400),
         ("GET", "/jobs?limit=x", 400),
         ("GET", "/jobs?limit=", 400),
@@ -2135,6 +2182,18 @@ async def test_all_jobs_are_listed_newest_first(api: Api, count: int) -> None:
     status, jobs = await api.get("/jobs")
     assert status == 200
     assert [job["id"] for job in jobs] == [job["id"] for job in ids][::-1]
+
+
+@pytest.mark.parametrize("left", [0, 3])
+async def test_a_list_is_json_also_where_all_jobs_of_its_first_parts_were_cancelled(
+    api: Api, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    monkeypatch.setattr(jobqueue, "CHUNK", 2)
+    _, ids = await api.post([GOOD] * 8)
+    for each in ids[left:]:
+        await api.get(f"/job/{each['id']}", "DELETE")
+    _, jobs = await api.get("/jobs?status=pending")
+    assert [job["id"] for job in jobs] == [job["id"] for job in ids[:left]][::-1]
 
 
 @pytest.mark.parametrize("query", ["", "status=pending&"])
