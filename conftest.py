@@ -179,11 +179,11 @@ class Bench:
         self.client.set(PREFIX + "clock", int(self.now * 1000))
 
     def places(self) -> dict[str, list[str]]:
-        """Where every job is: the ids in each of the five places, empty ones left out, first one first."""
+        """Where every job is: the ids in each place, empty ones left out, first one first."""
         withdrawn = self.client.smembers(PREFIX + "withdrawn")
         queue = self.client.lrange(PREFIX + "queue", 0, -1)[::-1]
         found = {"queue": [job_id for job_id in queue if job_id not in withdrawn]}
-        for place in ("delayed", "processing", "completed", "failed"):
+        for place in ("delayed", "processing", *jobqueue.FINISHED):
             found[place] = self.client.zrange(PREFIX + place, 0, -1)
         return {place: ids for place, ids in found.items() if ids}
 
@@ -290,11 +290,11 @@ class Program:
         return dict(answer)
 
     def ended(self, job_id: str) -> dict[str, Any]:
-        """The job, once it is completed or failed."""
+        """The job, once it is finished."""
 
         def look() -> dict[str, Any]:
             job = self.job(job_id)
-            return job if job["status"] in ("completed", "failed") else Unfinished(job)
+            return job if job["status"] in jobqueue.FINISHED else Unfinished(job)
 
         return dict(eventually(look, "a finished job"))
 

@@ -211,7 +211,7 @@ class Status(StrEnum):
 
 
 BACKOFF_CAP_SECONDS = 300.0
-FINISHED = {Status.COMPLETED, Status.FAILED}
+FINISHED = (Status.COMPLETED, Status.FAILED)  # the last of Status; scripts and page take them from here
 # What is stored of a job and shown of it, in this order. Most of it is JSON already.
 FIELDS = (
     *("job_type", "payload", "status", "attempts", "max_retries", "timeout", "worker", "progress"),
@@ -778,9 +778,9 @@ class AutoPipeline:
 # `now` is a text, like the numbers that every claim sends: Redis is slow to write a number as one.
 LUA_CLOCK = "local time = redis.call('TIME') local now = time[1] .. string.format('%03d', time[2] / 1000)"
 
+LUA_PLACES = "local FINISHED = {'" + "', '".join(FINISHED) + "'}"  # of finished jobs, named as their statuses
 LUA_COMMON = """
 local P = KEYS[1]
-local FINISHED = {'completed', 'failed'}  -- in Status's order; each is a place, too, where its jobs stay
 
 local function read(id, ...)  -- fields of a job, or of all the names and values in turn
   local job = P .. 'job:' .. id
@@ -1136,7 +1136,7 @@ class Store:
     def __init__(self, pipeline: AutoPipeline, prefix: str = PREFIX, clock: str = LUA_CLOCK) -> None:
         self._pipeline = pipeline
         self.prefix = prefix
-        self._texts = {name: "\n".join([clock, LUA_COMMON, lua]) for name, lua in SCRIPTS.items()}
+        self._texts = {name: "\n".join([clock, LUA_PLACES, LUA_COMMON, lua]) for name, lua in SCRIPTS.items()}
         self._hashes = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._texts.items()}
 
     def _run(self, name: str, *arguments: str | int) -> Awaitable[Any]:
@@ -1756,7 +1756,8 @@ def wants_html() -> bool:
 async def html_page() -> Response:
     """The page: it holds no jobs, its script asks for them. Its policy forbids it to load anything else."""
     nonce = secrets.token_urlsafe(16)
-    text = await render_template("jobs.html", nonce=nonce, handlers=HANDLERS)
+    known = {"handlers": HANDLERS, "statuses": [*Status], "finished": FINISHED}
+    text = await render_template("jobs.html", nonce=nonce, **known)
     policy = (
         f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -864,6 +864,21 @@ async def test_a_job_whose_lease_ends_in_every_attempt_fails(bench: Bench) -> No
     assert "worker died" in bench.job(job_id)["error"]
 
 
+async def test_a_thread_whose_job_was_cancelled_is_not_run_again_when_its_lease_ends(
+    bench: Bench, handler: Register
+) -> None:
+    @handler("math")
+    def math(a: int, b: int) -> None: ...
+
+    [job_id] = await submitted(bench)
+    await claim(bench, "i:1")
+    assert await bench.store.cancel(job_id) == "processing"
+    bench.move(LEASE)
+    assert (await bench.store.sweep(0)).ended == [[job_id, "math", "1", "failed"]]
+    assert bench.places() == {"failed": [job_id]}
+    assert (bench.job(job_id)["status"], bench.job(job_id)["error"]) == ("failed", "cancelled")
+
+
 async def test_a_sweep_that_was_held_up_leaves_leases_alone(bench: Bench) -> None:
     await submitted(bench)
     await claim(bench, "i:1")
@@ -1071,6 +1086,14 @@ async def test_a_number_that_no_job_can_have_is_damage(bench: Bench, field: str)
     [job_id] = await submitted(bench)
     bench.client.hset(f"{{jobqueue}}:job:{job_id}", field, 5000)
     assert f"its {field} is 500" in (await claim(bench, "i:1")).damage
+
+
+def test_the_layout_number_stands_for_these_keys_and_statuses() -> None:
+    """Older programs may misread others: then raise the number, say so in the CHANGELOG, and mend this."""
+    assert jobqueue.LAYOUT == "2"
+    assert [*Status] == ["pending", "processing", "completed", "failed"]
+    keys = "claim: delayed history idempotency: job: processing queue started wake withdrawn"
+    assert sorted({*re.findall(r"P \.\. '([a-z:]+)'", jobqueue.LUA)}) == keys.split()
 
 
 async def test_the_layout_is_read_from_a_redis_that_has_no_room(
