@@ -148,6 +148,10 @@ def memory_transport(client: fakeredis.FakeRedis) -> Transport:
 # ── The store, its clock in the hands of the test ───────────────────────────────────────────────
 
 
+KEYS = f"""(?x) queue|delayed|processing|{"|".join(jobqueue.FINISHED)}  # the places, and what is none
+    |started|withdrawn|history|job:.*|idempotency:.*|claim:.*|layout|rights|clock|fail_at"""
+
+
 class Bench:
     """A store, a plain client to look behind it, and its clock."""
 
@@ -180,6 +184,8 @@ class Bench:
 
     def places(self) -> dict[str, list[str]]:
         """Where every job is: the ids in each place, empty ones left out, first one first."""
+        for key in self.client.keys(PREFIX + "*"):
+            assert re.fullmatch(KEYS, key.removeprefix(PREFIX)), f"{key}: is it a place? Then look here, too"
         withdrawn = self.client.smembers(PREFIX + "withdrawn")
         queue = self.client.lrange(PREFIX + "queue", 0, -1)[::-1]
         found = {"queue": [job_id for job_id in queue if job_id not in withdrawn]}

@@ -106,7 +106,7 @@ from werkzeug.local import LocalProxy
 
 __version__ = "2.0.0"
 PROGRAM = os.path.basename(sys.argv[0]) or "jobqueue.py"  # a fork's own name
-LAYOUT = "2"  # of the keys in Redis: raise it when older programs would misread a key, a place or a status
+LAYOUT = "2"  # of the keys in Redis: raise it when older programs would misread or overlook a key or a status
 PREFIX = "{jobqueue}:"  # of all keys
 log = logging.getLogger("jobqueue")
 
