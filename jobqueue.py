@@ -1661,7 +1661,7 @@ async def inspect_redis(pool: WorkerPool) -> None:
 
 # ── HTTP ────────────────────────────────────────────────────────────────────────────────────────
 
-SMALL_BYTES = 8192  # so much reaches Redis in one piece: no later command overtakes it
+SMALL_BYTES = 1000  # a body that reaches Redis in one packet, so that no later command overtakes it
 CHUNK = 200  # jobs that are fetched at a time without ?limit=
 PAGE_BYTES, CHUNK_BYTES = 4_000_000, 250_000  # with ?limit= and without; the job that goes beyond is the last
 CURSOR = r"|[0-9a-f-]{36}\.-?[0-9]{1,16}"
@@ -2043,9 +2043,8 @@ def most_clients(workers: int) -> int:
     return max(16, most - RESERVED_DESCRIPTORS - 2 * workers)
 
 
-async def accept(listener: trio.SocketListener, room: trio.Semaphore) -> trio.SocketStream:
-    """The next connection, once there may be one more: until then it waits in the backlog."""
-    await room.acquire()
+async def accept(listener: trio.SocketListener) -> trio.SocketStream:
+    """The next connection."""
     while True:
         try:
             return await listener.accept()
@@ -2064,14 +2063,16 @@ async def serve_http(pool: WorkerPool, listeners: Sequence[socket.socket]) -> No
     async def serve_client(stream: trio.SocketStream) -> None:
         client = Client(stream)
         clients.add(client)
-        await client.run(make_protocol)
+        async with room:
+            await client.run(make_protocol)
         clients.remove(client)
-        room.release()
 
     async def serve_listener(listener: socket.socket) -> None:
         async with trio.SocketListener(trio.socket.from_stdlib_socket(listener)) as accepts:
             while True:
-                serving.start_soon(serve_client, await accept(accepts, room))
+                async with room:  # otherwise connections wait in the backlog
+                    stream = await accept(accepts)
+                serving.start_soon(serve_client, stream)
 
     with pool.requests:
         async with trio.open_nursery() as serving:

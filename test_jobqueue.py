@@ -2053,6 +2053,23 @@ async def test_the_first_job_in_memory_need_not_wait_for_a_sweep(
     assert trio.current_time() < 0.5
 
 
+@pytest.mark.parametrize(("size", "order"), [(10, [1, "submit", 0]), (2000, [0, "submit", 1])])
+async def test_a_claim_follows_a_small_submission_and_does_not_overtake_a_large_one(
+    api: Api, monkeypatch: pytest.MonkeyPatch, size: int, order: list[Any]
+) -> None:
+    store, record = api.pool.store, list[Any]()
+    submit = store.submit
+
+    async def recorded(*arguments: Any) -> Any:
+        record.append("submit")
+        return await submit(*arguments)
+
+    monkeypatch.setattr(store, "submit", recorded)
+    monkeypatch.setattr(api.pool.notifier, "notify", record.append)
+    await api.post({"job_type": "math", "payload": {"a": 1, "b": "1" * size}})
+    assert record == order
+
+
 async def test_delay_timeout_and_max_retries_are_taken_as_given(api: Api) -> None:
     status, answer = await api.post(GOOD | {"delay": 1.5, "timeout": 0.5, "max_retries": 0})
     assert status == 202
