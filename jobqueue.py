@@ -896,7 +896,7 @@ SCRIPTS = {
           if key ~= '' then redis.call('SET', P .. 'idempotency:' .. key, answer, 'EX', 86400) end
         end)
         if done then return answer end
-        redis.call('LTRIM', P .. 'queue', pushed, -1)
+        redis.call('LTRIM', P .. 'queue', pushed, -1)  -- these are at its head: nobody else pushed meanwhile
         for _, id in ipairs(stored) do
           redis.call('ZREM', P .. 'delayed', id)
           redis.call('ZREM', P .. 'history', id)
@@ -1413,7 +1413,7 @@ async def run_handler(attempt: Attempt, most_bytes: int) -> Report:
         with attempt.scope:  # inside the `try`: to leave it raises, if the handler left a scope open
             return Report(claim, "complete", to_json(await handler(handler.read(claim.payload)), most_bytes))
     except BaseException as raised:  # here, and nowhere else: a handler may raise anything
-        if trio.current_effective_deadline() == -math.inf:  # a scope around all tasks was cancelled: a crash
+        if trio.current_effective_deadline() == -math.inf:  # only a crash cancels a scope around a worker
             raise
         is_final = any(isinstance(each, Unrecoverable) for each in leaves(raised))
         return Report(claim, "fail" if is_final else "retry", describe(raised), trace(raised))
@@ -1454,7 +1454,7 @@ async def run_attempt(pool: WorkerPool, claim: Claim) -> Report | None:
     if ended.traceback:
         log.debug("the traceback:\n%s", ended.traceback)
     _attempt.reset(in_context)  # last: all of the above names the job in the log
-    return report and report._replace(progress=attempt.progress)
+    return report._replace(progress=attempt.progress) if report and attempt.progress else report
 
 
 def decline(pool: WorkerPool, claim: Claim) -> Report | None:

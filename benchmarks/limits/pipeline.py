@@ -18,13 +18,13 @@ import jobqueue
 
 PREFIX = "{jobqueue}:"
 LEASE_MS = 15_000
+NO_REPORT = ["", "", "", "", "", "", 0, 0]
 client = redis.Redis.from_url(peer.REDIS_URL, decode_responses=True)
 
 
 def script(name: str) -> Any:
-    return client.register_script(
-        "\n".join([jobqueue.LUA_CLOCK, jobqueue.LUA_COMMON, jobqueue.SCRIPTS[name]])
-    )
+    common = [jobqueue.LUA_CLOCK, jobqueue.LUA_PLACES, jobqueue.LUA_COMMON]
+    return client.register_script("\n".join([*common, jobqueue.SCRIPTS[name]]))
 
 
 def math_jobs(count: int) -> list[str | int]:
@@ -59,7 +59,7 @@ def bulk(count: int, size: int) -> None:
 
 def work() -> None:
     """Ten jobs in hand. A round trip reports them and claims the next ten; in between they are run."""
-    claim, report = script("claim"), script("report")
+    report = script("report")
     held: list[tuple[str, list[Any]]] = []  # token, claim
     number = 0
     while True:
@@ -68,15 +68,13 @@ def work() -> None:
         for slot in range(peer.CONCURRENCY):
             number += 1
             tokens.append(f"limit/{slot}:{number}")
+            reported = NO_REPORT
             if slot < len(held):
                 token, (_, job_id, _, payload, attempts, *_) = held[slot]
                 result = json.dumps(peer.add(**json.loads(payload)))
                 reported = [job_id, token, "complete", result, "", "", attempts, 0]
-                report([PREFIX], [*reported, *tokens[slot].split(":"), LEASE_MS], pipe)
-            else:
-                claim([PREFIX], [*tokens[slot].split(":"), LEASE_MS], pipe)
-        replies: list[Any] = pipe.execute()
-        claims = [reply[1] if slot < len(held) else reply for slot, reply in enumerate(replies)]
+            report([PREFIX], [*reported, *tokens[slot].split(":"), LEASE_MS], pipe)
+        claims: list[Any] = [claim for _, claim in pipe.execute()]
         held = [(token, job) for token, job in zip(tokens, claims, strict=True) if job]
 
 
