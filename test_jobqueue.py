@@ -1420,7 +1420,7 @@ async def test_a_job_that_fails_once_completes_in_its_second_attempt(
     assert (job["status"], job["result"], job["attempts"]) == ("completed", '"ok"', "2")
 
 
-@pytest.mark.parametrize("seconds", [0.1, 1.3, 60])
+@pytest.mark.parametrize("seconds", [0.1, 0.999, 1, 1.3, 60])
 async def test_a_run_longer_than_its_timeout_is_cancelled_and_is_a_failed_attempt(
     autojump_clock: MockClock, memory_bench: Bench, nursery: trio.Nursery, handler: Register, seconds: float
 ) -> None:
