@@ -738,6 +738,10 @@ class AutoPipeline:
                 self._note(None)
                 self._wake(batch, replies)
 
+    def is_idle(self) -> bool:
+        """Whether the next command would be the first to be sent."""
+        return not self._queue
+
     async def run(self) -> None:
         """Carry the commands. Cancel it only when nobody calls any more."""
         async with trio.open_nursery() as nursery:
@@ -1061,7 +1065,8 @@ SCRIPTS = {
     "finished": """
         local finished = {}
         for _, id in ipairs(ARGV) do
-          local status = redis.pcall('HGET', P .. 'job:' .. id, 'status')  -- of an unknown job, no text
+          local status = redis.pcall('HGET', P .. 'job:' .. id, 'status')
+          if type(status) == 'table' then status = read(id, 'status')[1] end  -- an error
           if status ~= 'pending' and status ~= 'processing' then finished[#finished + 1] = id end
         end
         return finished""",
@@ -1235,10 +1240,14 @@ class Store:
         found = list[str]()
         for *names_and_values, job_id in map(_read_texts, jobs):
             stored = dict(zip(names_and_values[::2], names_and_values[1::2], strict=True))
-            if stored and status in (None, stored.get("status")):  # otherwise a stray, or it was cancelled
+            if any(map(stored.get, FIELDS)) and status in (None, stored.get("status")):  # otherwise a stray
                 found.append(job_json(job_id, stored))
         waits = None if oldest is None else oldest / 1000
         return Page(cursor, found, dict(zip(Status, counts, strict=True)), waits)
+
+    def is_idle(self) -> bool:
+        """Whether nothing waits to be sent to Redis."""
+        return self._pipeline.is_idle()
 
     async def ping(self) -> None:
         """Ask whether Redis is there."""
@@ -1661,7 +1670,7 @@ async def inspect_redis(pool: WorkerPool) -> None:
 
 # ── HTTP ────────────────────────────────────────────────────────────────────────────────────────
 
-SMALL_BYTES = 1000  # a body that reaches Redis in one packet, so that no later command overtakes it
+SMALL_BYTES = 1000  # a body that reaches Redis in one piece, if no other command is sent before it
 CHUNK = 200  # jobs that are fetched at a time without ?limit=
 PAGE_BYTES, CHUNK_BYTES = 4_000_000, 250_000  # with ?limit= and without; the job that goes beyond is the last
 CURSOR = r"|[0-9a-f-]{36}\.-?[0-9]{1,16}"
@@ -1861,9 +1870,10 @@ async def submit() -> Response:
     jobs = parse_jobs(body, current_pool.settings)
     key, fingerprint = parse_key(request.headers.getlist("Idempotency-Key"), body)
     is_quiet = len(jobs) <= len(current_pool.notifier.sleepers)  # there are workers enough here
-    # A worker that wakes up now sends its claim right behind a small submission: `notify` only schedules it,
-    # and `submit` does not wait before its command is queued. So a job starts a fifth earlier.
-    woken = len(jobs) if len(body) < SMALL_BYTES else 0
+    # A worker that wakes up now sends its claim right behind a small submission, and a job starts a fifth
+    # earlier: `notify` only schedules it, and `submit` does not wait before its command is queued. But on the
+    # other connection a claim would overtake a large one, and one behind other commands.
+    woken = len(jobs) if len(body) < SMALL_BYTES and current_pool.store.is_idle() else 0
     current_pool.notifier.notify(woken)
     ids = await current_pool.store.submit(jobs, key, fingerprint, is_quiet)
     current_pool.notifier.notify(len(jobs) - woken)
@@ -2043,8 +2053,9 @@ def most_clients(workers: int) -> int:
     return max(16, most - RESERVED_DESCRIPTORS - 2 * workers)
 
 
-async def accept(listener: trio.SocketListener) -> trio.SocketStream:
-    """The next connection."""
+async def accept(listener: trio.SocketListener, room: trio.Semaphore) -> trio.SocketStream:
+    """The next connection, once there may be one more: until then it waits in the backlog."""
+    await room.acquire()
     while True:
         try:
             return await listener.accept()
@@ -2063,16 +2074,14 @@ async def serve_http(pool: WorkerPool, listeners: Sequence[socket.socket]) -> No
     async def serve_client(stream: trio.SocketStream) -> None:
         client = Client(stream)
         clients.add(client)
-        async with room:
-            await client.run(make_protocol)
+        await client.run(make_protocol)  # which raises nothing, so the place is always given back
         clients.remove(client)
+        room.release()
 
     async def serve_listener(listener: socket.socket) -> None:
         async with trio.SocketListener(trio.socket.from_stdlib_socket(listener)) as accepts:
             while True:
-                async with room:  # otherwise connections wait in the backlog
-                    stream = await accept(accepts)
-                serving.start_soon(serve_client, stream)
+                serving.start_soon(serve_client, await accept(accepts, room))
 
     with pool.requests:
         async with trio.open_nursery() as serving:

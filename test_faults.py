@@ -2151,6 +2151,18 @@ def test_more_clients_than_descriptors_take_none_that_redis_needs(
     assert "open files" not in program.log
 
 
+@on_linux
+def test_as_many_clients_as_there_is_room_for_are_answered_at_once(lowered: Start) -> None:
+    program = lowered(DESCRIPTORS="136")  # of which 100 and two a worker are kept: room for 16
+    waiting = post(program.port, json.loads(MATH) | {"delay": 3600})[1]["id"]
+    wait = f"GET /job/{waiting}?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        for _ in range(15):
+            stack.enter_context(sent(program, wait))
+        assert program.call("GET", f"/job/{waiting}")[0] == 200
+    stops(program, GRACE + 1)
+
+
 def test_a_truncated_body_submits_nothing(memory: Program) -> None:
     head = POST + b"99\r\n\r\n"
     with sent(memory, head + MATH) as connection:

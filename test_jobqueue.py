@@ -2053,9 +2053,12 @@ async def test_the_first_job_in_memory_need_not_wait_for_a_sweep(
     assert trio.current_time() < 0.5
 
 
-@pytest.mark.parametrize(("size", "order"), [(10, [1, "submit", 0]), (2000, [0, "submit", 1])])
-async def test_a_claim_follows_a_small_submission_and_does_not_overtake_a_large_one(
-    api: Api, monkeypatch: pytest.MonkeyPatch, size: int, order: list[Any]
+@pytest.mark.parametrize(
+    ("size", "is_idle", "order"),
+    [(10, True, [1, "submit", 0]), (2000, True, [0, "submit", 1]), (10, False, [0, "submit", 1])],
+)
+async def test_a_claim_follows_a_small_submission_at_once_if_it_cannot_overtake_it(
+    api: Api, monkeypatch: pytest.MonkeyPatch, size: int, is_idle: bool, order: list[Any]
 ) -> None:
     store, record = api.pool.store, list[Any]()
     submit = store.submit
@@ -2065,6 +2068,7 @@ async def test_a_claim_follows_a_small_submission_and_does_not_overtake_a_large_
         return await submit(*arguments)
 
     monkeypatch.setattr(store, "submit", recorded)
+    monkeypatch.setattr(store, "is_idle", lambda: is_idle)
     monkeypatch.setattr(api.pool.notifier, "notify", record.append)
     await api.post({"job_type": "math", "payload": {"a": 1, "b": "1" * size}})
     assert record == order
