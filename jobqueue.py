@@ -782,8 +782,8 @@ class AutoPipeline:
 # `now` is a text, like the numbers that every claim sends: Redis is slow to write a number as one.
 LUA_CLOCK = "local time = redis.call('TIME') local now = time[1] .. string.format('%03d', time[2] / 1000)"
 
-LUA_PLACES = "local FINISHED = {'" + "', '".join(FINISHED) + "'}"  # of finished jobs, named as their statuses
-LUA_COMMON = """
+LUA_FINISHED = "local FINISHED = {'" + "', '".join(FINISHED) + "'}\n"  # places, named as their statuses
+LUA_FUNCTIONS = """
 local P = KEYS[1]
 
 local function read(id, ...)  -- fields of a job, or of all the names and values in turn
@@ -870,6 +870,8 @@ local function claim(worker, number, lease)  -- false without a worker, or if th
   return {behind, id, job_type, payload, attempts, max_retries, timeout, is_again and 'pending' or status}
 end
 """
+
+LUA_COMMON = LUA_FINISHED + LUA_FUNCTIONS
 
 SCRIPTS = {
     # → the answer, or the one that was kept under this idempotency key. It stores all jobs or none.
@@ -1141,7 +1143,7 @@ class Store:
     def __init__(self, pipeline: AutoPipeline, prefix: str = PREFIX, clock: str = LUA_CLOCK) -> None:
         self._pipeline = pipeline
         self.prefix = prefix
-        self._texts = {name: "\n".join([clock, LUA_PLACES, LUA_COMMON, lua]) for name, lua in SCRIPTS.items()}
+        self._texts = {name: "\n".join([clock, LUA_COMMON, lua]) for name, lua in SCRIPTS.items()}
         self._hashes = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._texts.items()}
 
     def _run(self, name: str, *arguments: str | int) -> Awaitable[Any]:

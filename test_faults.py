@@ -172,7 +172,7 @@ def all_completed(client: Any, ids: set[str]) -> dict[str, dict[str, str]]:
         if any(pipe.execute()):
             return None
         jobs = check(client, ids)
-        return jobs if {job["status"] for job in jobs.values()} <= {"completed", "failed"} else None
+        return jobs if {job["status"] for job in jobs.values()} <= {*jobqueue.FINISHED} else None
 
     jobs: dict[str, dict[str, str]] = eventually(ended, "all jobs are done")
     assert not (failed := [job for job in jobs.values() if job["status"] == "failed"]), failed

@@ -1333,7 +1333,7 @@ async def run_pool(bench: Bench, nursery: trio.Nursery, workers: int = 1, **sett
 async def finished(bench: Bench, job_id: str) -> dict[str, str]:
     """The job once it has ended, on virtual time."""
     for _ in range(10_000):
-        if bench.job(job_id)["status"] in ("completed", "failed"):
+        if bench.job(job_id)["status"] in jobqueue.FINISHED:
             return bench.job(job_id)
         await trio.sleep(0.05)
     raise AssertionError(bench.job(job_id))
@@ -1518,10 +1518,7 @@ async def test_what_redis_refuses_the_workers_is_logged_but_not_all_the_time(
 
 
 async def test_redis_is_looked_at_also_when_a_post_came_first(
-    memory_bench: Bench,
-    nursery: trio.Nursery,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    memory_bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def one(_: Store) -> list[str]:
         return ["ZADD"]

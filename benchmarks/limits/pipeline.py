@@ -23,8 +23,9 @@ client = redis.Redis.from_url(peer.REDIS_URL, decode_responses=True)
 
 
 def script(name: str) -> Any:
-    common = [jobqueue.LUA_CLOCK, jobqueue.LUA_PLACES, jobqueue.LUA_COMMON]
-    return client.register_script("\n".join([*common, jobqueue.SCRIPTS[name]]))
+    return client.register_script(
+        "\n".join([jobqueue.LUA_CLOCK, jobqueue.LUA_COMMON, jobqueue.SCRIPTS[name]])
+    )
 
 
 def math_jobs(count: int) -> list[str | int]:
