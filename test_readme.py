@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,7 +144,8 @@ class Shell:
 
     def close(self) -> None:
         for process_id in self.running:
-            os.kill(process_id, 9)
+            with suppress(ProcessLookupError):  # it was about to end when bash named it
+                os.kill(process_id, 9)
         self.bash.kill()
         self.bash.wait()
 
