@@ -267,6 +267,32 @@ def test_a_handler_gets_what_its_signature_says_and_nothing_else(handler: Regist
         assert read("take", f'{{"ns": {json.dumps(shown)}}}') == {"ns": value}  # as a result it is JSON, too
 
 
+class Meters(float):
+    """As numpy's float64, another float."""
+
+
+@pytest.mark.parametrize(
+    ("result", "shown"),
+    [
+        (None, None),
+        ("null", "null"),
+        ([None, {"a": None}], [None, {"a": None}]),
+        (Meters(1.5), 1.5),
+        ({None: 1, True: 2, 3: Meters(4)}, {"null": 1, "true": 2, "3": 4.0}),
+        ((1, {2}), [1, [2]]),
+        (10**30, 10**30),
+        ([1e300, 1e-7, -0.0], [1e300, 1e-7, -0.0]),
+        ('\0\x1f\u2028é😀"\\/', '\0\x1f\u2028é😀"\\/'),
+        ([date(2026, 1, 2), None, Color.RED], ["2026-01-02", None, "red"]),
+    ],
+    ids=repr,
+)
+def test_a_result_is_json_also_of_what_json_does_not_know(result: Any, shown: Any) -> None:
+    text = jobqueue.to_json(result)
+    assert json.loads(text) == shown
+    assert ", " not in text  # whichever of the two encoders made it
+
+
 def test_a_parameter_without_annotation_takes_anything_and_defaults_are_real(handler: Register) -> None:
     @handler("mixed")
     def mixed(anything, color: Color = Color.RED, items: list[int] = [1]) -> None: ...  # type: ignore[no-untyped-def] # noqa: B006
