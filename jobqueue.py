@@ -1056,14 +1056,14 @@ SCRIPTS = {
         while shown < math.min(#ids, limit) and size < bytes do
           shown = shown + 1
           local job = read(ids[shown])
-          for i = 2, #job, 2 do
+          for i = 2, cut > 0 and #job or 0, 2 do
             if #job[i] > cut then  -- not in mid-character; with the … no number looks whole
               job[i] = string.gsub(string.sub(job[i], 1, cut), '[\\192-\\255][\\128-\\191]*$', '') .. '…'
             end
-            size = size + #job[i]
           end
           job[#job + 1] = ids[shown]
           jobs[shown] = cjson.encode(job)  -- as one text: Redis takes a third longer for a list
+          size = size + #jobs[shown]
         end
         local next = shown < #ids and ids[shown] .. '.' .. numbers[shown] or ''
         local function count(place) return redis.call('ZCARD', P .. place) end
@@ -1242,12 +1242,12 @@ class Store:
         return (stored["status"] or "", job_json(job_id, stored)) if any(values) else None
 
     async def page(
-        self, status: Status | None, cursor: str, limit: int, most_bytes: int = 1 << 30, cut: int = NO_LIMIT
+        self, status: Status | None, cursor: str, limit: int, most_bytes: int = 1 << 30, cut: int = 0
     ) -> Page:
         """At most `limit` jobs behind the cursor, from the first if it is empty; fewer if they are large.
 
         Newest first: by submission, or with a `status` by when they began to run, finished, or will be due.
-        Values longer than `cut` bytes are cut, end in "…", and are shown as texts.
+        Values longer than `cut` bytes, unless it is 0, are cut, end in "…", and are shown as texts.
         """
         cursor, jobs, counts, oldest = await self._run("page", status or "", cursor, limit, most_bytes, cut)
         found = list[str]()
@@ -1952,7 +1952,7 @@ async def list_jobs() -> Response:
         return await html_page()
     query = parse_query("status", "limit", "cursor", "cut")
     status, cursor = Status(query["status"]) if "status" in query else None, query.get("cursor", "")
-    fetch = partial(current_pool.store.page, status, cut=int(query.get("cut", NO_LIMIT)))
+    fetch = partial(current_pool.store.page, status, cut=int(query.get("cut", 0)))
     if "limit" not in query:
         first = await fetch(cursor, CHUNK, CHUNK_BYTES)  # before the answer begins: it may still be a 503
         return json_response(stream(fetch, first), headers=LIST_HEADERS)
