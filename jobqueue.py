@@ -1341,7 +1341,8 @@ class WorkerPool:
         self.requests = trio.CancelScope()  # around all that serve HTTP
         self.crashed = False  # whether a task failed: the exit status
         self.instance = f"{socket.gethostname()}:{os.getpid()}/{secrets.token_hex(6)}"
-        self.opened = trio.Event()  # set when the keys in Redis are known to be ours, or at shutdown
+        self.is_ours = False  # whether the keys in Redis are known to be this program's
+        self.opened = trio.Event()  # set when they are, or at shutdown
         self.numbers = itertools.count(1)  # of workers, and of claims
         self.attempts: dict[str, Attempt] = {}  # by fencing token
         self.recent_types: set[str] = set()  # of the attempts since the last tick
@@ -1349,6 +1350,11 @@ class WorkerPool:
         self.waiters: WeakValueDictionary[str, trio.Event] = WeakValueDictionary()  # by the id of the job
         self.end_leases_by = 0  # Redis's time, in milliseconds; after it a sweep leaves leases alone
         self.log_refusals_from = -math.inf  # when the next one may be logged, since there may be many
+
+    def open(self) -> None:
+        """Let the workers and the sweep begin: the keys in Redis are ours."""
+        self.is_ours = True
+        self.opened.set()
 
     def stop(self, grace: float) -> None:
         """Claim nothing more, and cancel in `grace` seconds what still runs then."""
@@ -1564,7 +1570,7 @@ async def sweep(pool: WorkerPool) -> None:
     """Sweep, twice a second or when a job is due; and look for awaited jobs that other instances finished."""
     limits = pool.settings.retention_seconds, pool.settings.keep_jobs
     await pool.opened.wait()
-    if pool.stopping.is_set():  # perhaps nobody has looked whose keys these are
+    if not pool.is_ours:  # the program ends before anybody could look
         return
     while True:
         wait = TICK_SECONDS
@@ -1649,10 +1655,10 @@ async def listen(connection: RedisConnection, pool: WorkerPool) -> None:
 
 async def open_pool(pool: WorkerPool) -> None:
     """Let the pool work, if the keys in Redis are this program's; otherwise end the process."""
-    if not pool.opened.is_set() and (layout := await pool.store.layout()) != LAYOUT:
+    if not pool.is_ours and (layout := await pool.store.layout()) != LAYOUT:
         log.critical("Redis has jobs of another version: layout %s, and this program's is %s", layout, LAYOUT)
         os._exit(1)  # at once: nobody may go on and write to keys that are not ours
-    pool.opened.set()
+    pool.open()
 
 
 async def warn_of_redis(pool: WorkerPool) -> None:
@@ -1665,17 +1671,19 @@ async def warn_of_redis(pool: WorkerPool) -> None:
 
 async def inspect_redis(pool: WorkerPool) -> None:
     """Open the pool once Redis is there, and look then at what will not go well with it."""
-    has_looked = was_refused = False
-    while not has_looked:
+    was_refused = False
+    while True:
         try:
             await open_pool(pool)
             if pool.settings.redis_url:  # the one in memory has neither rights nor a policy
                 await warn_of_redis(pool)
-            has_looked = True
+            return
         except redis.ResponseError as error:
             if not was_refused:
                 log.error("Redis refused: %s; the rights that are needed: %s", error, RIGHTS)
-            was_refused, has_looked = True, pool.opened.is_set()
+            if pool.is_ours:  # so this was only a question that Redis does not answer
+                return
+            was_refused = True
         except redis.RedisError:
             pass  # the pipeline says that Redis is away
         await trio.sleep(AGAIN_SECONDS)

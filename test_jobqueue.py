@@ -1345,7 +1345,7 @@ async def test_a_notification_before_the_wait_is_not_missed() -> None:
 
 async def run_pool(bench: Bench, nursery: trio.Nursery, workers: int = 1, **settings: Any) -> WorkerPool:
     pool = WorkerPool(bench.store, Settings(**settings))
-    pool.opened.set()
+    pool.open()
     for _ in range(workers):
         nursery.start_soon(jobqueue.work, pool)
     nursery.start_soon(jobqueue.heartbeat, pool)
@@ -2004,7 +2004,7 @@ class Api:
     def __init__(self, bench: Bench, settings: Settings) -> None:
         self.bench = bench
         self.pool = WorkerPool(bench.store, settings)
-        self.pool.opened.set()
+        self.pool.open()
         self.client: Any = jobqueue.create_app(self.pool).test_client()
 
     async def post(self, body: Any, content_type: str = "application/json") -> tuple[int, Any]:
@@ -2046,8 +2046,9 @@ async def test_a_job_is_accepted_with_its_id_and_its_address(api: Api, job: dict
 
 
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
+@pytest.mark.parametrize("is_stopping", [False, True])
 async def test_nothing_is_written_to_keys_of_another_layout(
-    api: Api, method: str, monkeypatch: pytest.MonkeyPatch
+    api: Api, method: str, is_stopping: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def end(status: int) -> None:
         ended.append(status)
@@ -2057,7 +2058,9 @@ async def test_nothing_is_written_to_keys_of_another_layout(
     monkeypatch.setattr(os, "_exit", end)
     [job_id] = await submitted(api.bench)
     api.bench.client.set("{jobqueue}:layout", "99")
-    api.pool.opened = trio.Event()
+    api.pool.is_ours, api.pool.opened = False, trio.Event()
+    if is_stopping:  # and a request comes in the same moment
+        api.pool.stop(1)
     await api.client.open("/job" if method == "POST" else f"/job/{job_id}", method=method, json=GOOD)
     assert ended == [1]
     assert api.bench.places() == {"queue": [job_id]}
@@ -2416,7 +2419,7 @@ async def test_a_wait_sees_within_half_a_second_a_job_that_ends_elsewhere(
     autojump_clock: MockClock, api: Api, nursery: trio.Nursery
 ) -> None:
     other = WorkerPool(api.bench.store, Settings())
-    other.opened.set()
+    other.open()
     _, answer = await api.post({"job_type": "long", "payload": {"seconds": 3.25}})
     nursery.start_soon(jobqueue.work, other)
     nursery.start_soon(jobqueue.sweep, api.pool)
@@ -2447,7 +2450,7 @@ async def test_a_job_that_a_free_worker_here_will_run_is_announced_to_nobody_els
     pipeline = AutoPipeline(RedisConnection(redis_server.url).exchange)
     nursery.start_soon(pipeline.run)
     pool = WorkerPool(Store(pipeline), Settings())
-    pool.opened.set()
+    pool.open()
     client = jobqueue.create_app(pool).test_client()
 
     async def announced() -> bool:
@@ -2518,7 +2521,7 @@ async def test_cancelling_a_running_job_cancels_its_handler_within_a_second(
             record.append(trio.current_time())
 
     other = WorkerPool(api.bench.store, Settings())
-    other.opened.set()
+    other.open()
     nursery.start_soon(jobqueue.work, other)
     nursery.start_soon(jobqueue.heartbeat, other)
     _, answer = await api.post({"job_type": "slow", "payload": {}})
@@ -2708,7 +2711,7 @@ async def test_a_refusal_of_the_smtp_server_is_the_error_of_the_job(
     mailbox: Mailbox, bench: Bench, nursery: trio.Nursery
 ) -> None:
     pool = WorkerPool(bench.store, Settings())
-    pool.opened.set()
+    pool.open()
     nursery.start_soon(jobqueue.work, pool)
     payload = json.dumps(EMAIL | {"to": "nobody@example.com"})
     job_id = await submit_typed(bench, pool, "email", payload, max_retries=0)
