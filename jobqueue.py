@@ -433,14 +433,14 @@ class Handler:
         except (ValueError, RecursionError) as error:
             raise ValueError(explain(error, "payload", self._kinds)) from None
 
-    async def __call__(self, arguments: Mapping[str, Any]) -> Any:
-        """Run the function: in this task if it is `async def`, in a thread if it is `def`."""
+    def __call__(self, arguments: Mapping[str, Any]) -> Awaitable[Any]:
+        """Run the function: in the task that awaits this if it is `async def`, in a thread if it is `def`."""
         if self.is_async:
-            return await self.function(**arguments)
+            return cast(Awaitable[Any], self.function(**arguments))
         # A thread cannot be interrupted: a cancelled call goes on until the thread ends. The function may ask
         # `trio.from_thread.check_cancelled()`. As many threads as workers run: no limit may hold one back.
         call = partial(self.function, **arguments)
-        return await trio.to_thread.run_sync(call, limiter=trio.CapacityLimiter(1))
+        return trio.to_thread.run_sync(call, limiter=trio.CapacityLimiter(1))
 
 
 def handler(job_type: str) -> Callable[[Function], Function]:
@@ -1305,7 +1305,7 @@ FEW = 6  # instances, about, that answer a message; if none does (0.2 %), the ne
 EXIT_SECONDS = 0.8  # from the end of the grace to the forced exit
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 SILENCE_SECONDS = 15.0  # without a message, after which the listener subscribes again
-OUR_FRAMES = ("run_handler", "Handler.__call__", "to_thread_run_sync", "Error.unwrap")  # above a handler's
+OUR_FRAMES = ("run_handler", "to_thread_run_sync", "Error.unwrap")  # above a handler's
 
 
 class Notifier:
