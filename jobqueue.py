@@ -57,9 +57,9 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.message import EmailMessage
@@ -217,6 +217,9 @@ FIELDS = (
     *("job_type", "payload", "status", "attempts", "max_retries", "timeout", "worker", "progress"),
     *("result", "error", "traceback", "created_at", "due_at", "started_at", "finished_at"),
 )
+_careful_json = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=msgspec.to_builtins
+).encode
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
 _read_texts = msgspec.json.Decoder(list[str]).decode
 
@@ -268,16 +271,14 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
 
 
 def _json(value: Any) -> str:
-    """The JSON of a value: msgspec's, which saves a short job 8 % of its work, where json says the same."""
+    """The JSON of a value: msgspec's, which saves a short job 8 % of its work; json's for what is left."""
     try:
         text = msgspec.json.encode(value).decode()
-    except TypeError:  # only json knows it, as a subclass of float
-        text = "null"
-    if "null" not in text:  # for msgspec, NaN is null, too
+        if "null" in text:  # for msgspec, NaN is null, too
+            text = _careful_json(msgspec.to_builtins(value, str_keys=True))
         return text
-    return json.dumps(
-        value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=msgspec.to_builtins
-    )
+    except TypeError:  # from msgspec, of a subclass of float
+        return _careful_json(value)
 
 
 def to_json(value: Any, most_bytes: float = math.inf) -> str:
@@ -303,7 +304,7 @@ def _show(name: str, value: str | None) -> str:
         if name not in ("job_type", "status", "worker", "error", "traceback"):
             _check_json(value)  # and leave it as it is, however deep, and whatever numbers it holds
             return value
-    except (ValueError, OverflowError, RecursionError):
+    except (ValueError, OSError, OverflowError, RecursionError):  # all but the first from `fromtimestamp`
         return _json(value)
     return _json(value.partition("/")[0] if name == "worker" else value)  # of a worker, its instance alone
 
@@ -353,6 +354,8 @@ class Attempt(msgspec.Struct, eq=False):
     cancelled: bool = False  # a DELETE asks for the end of a thread, which still holds its job
     overstays: int = 0  # ticks since its scope was cancelled
     progress: str = ""  # as JSON, until the next heartbeat takes it
+    is_over: bool = False  # whether its handler has ended
+    abandoned: list[AsyncGenerator[Any, Any]] = []  # which the handler did not read to the end
 
 
 def job() -> Job:
@@ -378,6 +381,8 @@ def explain(error: Exception, root: str, kinds: Mapping[str, Any]) -> str:
         return f"{root} is not UTF-8: {error.reason} at byte {error.start}"
     if isinstance(error, RecursionError):
         return f"{root} is nested too deeply"
+    if not isinstance(error, msgspec.MsgspecError):
+        return f"{root}: {type(error).__name__}: {error}"
     if not isinstance(error, msgspec.ValidationError):
         return f"{root} is not JSON: {error}"
     what, _, path = str(error).replace("`", "").partition(" - at $")
@@ -430,7 +435,7 @@ class Handler:
         """The arguments in a payload, of the types in the signature. ValueError names what is wrong."""
         try:
             return msgspec.structs.asdict(self._decode(payload))
-        except (ValueError, RecursionError) as error:
+        except Exception as error:  # a type of a parameter may have code of its own
             raise ValueError(explain(error, "payload", self._kinds)) from None
 
     def __call__(self, arguments: Mapping[str, Any]) -> Awaitable[Any]:
@@ -592,7 +597,10 @@ class RedisConnection:
         moved, self._moved = self._moved, None  # after a failure there, the configured address is used again
         connect = self._address.connect
         with trio.fail_at(self._give_up_at):
-            self._connection = await trio.to_thread.run_sync(connect, moved, abandon_on_cancel=True)
+            # Its own thread: all of those that Trio lends may be taken by handlers.
+            self._connection = await trio.to_thread.run_sync(
+                connect, moved, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+            )
         self._moved = moved
         self._socket: socket.socket = self._connection._sock  # private: redis-py has no other way to it
         self._socket.setblocking(False)
@@ -793,7 +801,8 @@ class AutoPipeline:
 # `now` is a text, like the numbers that every claim sends: Redis is slow to write a number as one.
 LUA_CLOCK = "local time = redis.call('TIME') local now = time[1] .. string.format('%03d', time[2] / 1000)"
 
-LUA_FINISHED = "local FINISHED = {'" + "', '".join(FINISHED) + "'}\n"  # places, named as their statuses
+# FINISHED are places, too, named as their statuses.
+LUA_NAMES = "local LAYOUT, FINISHED = '" + LAYOUT + "', {'" + "', '".join(FINISHED) + "'}\n"
 LUA_FUNCTIONS = """
 local P = KEYS[1]
 
@@ -851,8 +860,8 @@ local function first_in_queue()  -- its id, the job, and whether there are other
     local id = ids[#ids]
     local job = id and read_job(id)
     if not id or not is_stray(id, job[1], 'pending') then return id, job, #ids - 1 end
-    redis.call('RPOP', P .. 'queue')
     redis.call('SREM', P .. 'withdrawn', id)
+    redis.call('RPOP', P .. 'queue')
   end
 end
 
@@ -883,7 +892,7 @@ local function claim(token, lease)  -- false without a token, or if there is no 
 end
 """
 
-LUA_COMMON = LUA_FINISHED + LUA_FUNCTIONS
+LUA_COMMON = LUA_NAMES + LUA_FUNCTIONS
 
 SCRIPTS = {
     # → the answer, or the one that was kept under this idempotency key. It stores all jobs or none.
@@ -1013,6 +1022,7 @@ SCRIPTS = {
           redis.call('ZREM', P .. place, id)
         end
         local next_due = first('delayed').time
+        redis.pcall('SET', P .. 'layout', LAYOUT, 'NX')  -- in case that Redis lost its data
         local wait = more and 0 or next_due < math.huge and math.max(0, next_due - now) or -1
         return {redis.call('LLEN', P .. 'queue'), wait, ended}""",
     # → the next cursor or '', each job as JSON (names and values in turn, then its id), how many jobs each
@@ -1024,15 +1034,20 @@ SCRIPTS = {
         local after, number = string.match(cursor, '(.*)%.(.*)')
         local is_in_queue = after and tonumber(number) < 0  -- behind all that are delayed
         local ids, numbers, jobs, size, shown = {}, {}, {}, 0, 0  -- ids beyond `limit`: another page
-        local function add_scored(place)  -- highest first; where scores are equal, by falling ids
-          local ties = after and redis.call('ZCOUNT', P .. place, number, number) or 0
-          local found = redis.call('ZREVRANGEBYSCORE', P .. place, number or '+inf', '-inf', 'WITHSCORES',
-            'LIMIT', 0, ties + limit + 1)
-          for i = 1, #found, 2 do
-            if found[i + 1] ~= number or found[i] < after then
-              ids[#ids + 1], numbers[#ids + 1] = found[i], found[i + 1]
-            end
+        local function rank_behind(place)  -- highest score first; where these are equal, by falling ids
+          if redis.call('ZSCORE', P .. place, after) == number then
+            return redis.call('ZREVRANK', P .. place, after) + 1
           end
+          local rank = redis.call('ZCOUNT', P .. place, '(' .. number, '+inf')  -- it is gone, or has moved on
+          for _, id in ipairs(redis.call('ZREVRANGEBYSCORE', P .. place, number, number)) do
+            if id > after then rank = rank + 1 end
+          end
+          return rank
+        end
+        local function add_scored(place)
+          local first = after and rank_behind(place) or 0
+          local found = redis.call('ZREVRANGE', P .. place, first, first + limit, 'WITHSCORES')
+          for i = 1, #found, 2 do ids[#ids + 1], numbers[#ids + 1] = found[i], found[i + 1] end
         end
         local function index_behind(key)  -- what came since has moved it on, but hardly far
           local index = -number - 1
@@ -1069,12 +1084,15 @@ SCRIPTS = {
         local function count(place) return redis.call('ZCARD', P .. place) end
         local waiting = redis.call('LLEN', P .. 'queue') - redis.call('SCARD', P .. 'withdrawn')
         local pending = math.max(0, waiting) + count('delayed')
-        local first = redis.call('LINDEX', P .. 'queue', -1)
-        local created, due = unpack(first and read(first, 'created_at', 'due_at') or {})
-        local since = tonumber(due or created or '')
+        local since
+        for _, id in ipairs(redis.call('LRANGE', P .. 'queue', -10, -1)) do  -- the first not cancelled
+          local job_status, created, due = unpack(read(id, 'status', 'created_at', 'due_at'))
+          local time = job_status == 'pending' and tonumber(due or created or '')
+          since = time and math.max(0, math.min(now, time)) or since  -- perhaps it is damaged
+        end
         local counts = {pending, count('processing')}
         for _, place in ipairs(FINISHED) do counts[#counts + 1] = count(place) end
-        return {next, jobs, counts, since and math.max(0, now - since) or false}""",
+        return {next, jobs, counts, since and now - since or false}""",
     # → those of the ids whose jobs are finished, or unknown
     "finished": """
         local finished = {}
@@ -1163,14 +1181,20 @@ class Store:
 
     async def _twice(self, *command: str | int) -> Any:
         """The reply to a command, which is sent again if the first reply was lost, or Redis is a new one."""
-        try:
-            return await self._pipeline.call(*command)
-        except redis.exceptions.NoScriptError:
-            for text in self._texts.values():  # all: a later load would hold up a submission, not its claims
-                await self._pipeline.call("SCRIPT", "LOAD", text)
-        except (redis.ConnectionError, redis.TimeoutError):
-            pass
-        return await self._pipeline.call(*command)
+        was_lost = was_new = False
+        while True:
+            try:
+                return await self._pipeline.call(*command)
+            except redis.exceptions.NoScriptError:
+                if was_new:
+                    raise
+                was_new = True
+                for text in self._texts.values():  # all, or a submission would wait for its own, but no claim
+                    await self._pipeline.call("SCRIPT", "LOAD", text)
+            except (redis.ConnectionError, redis.TimeoutError):
+                if was_lost:
+                    raise
+                was_lost = True
 
     async def submit(
         self, jobs: Sequence[NewJob], key: str = "", fingerprint: str = "", is_quiet: bool = False
@@ -1303,6 +1327,7 @@ UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of 
 TRACEBACK_MOST = 8000  # characters that are kept
 FEW = 6  # instances, about, that answer a message; if none does (0.2 %), the next sweep finds the job
 EXIT_SECONDS = 0.8  # from the end of the grace to the forced exit
+NOT_OURS = 78  # from which a parent knows that Redis has keys of another layout (EX_CONFIG in sysexits.h)
 QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
 SILENCE_SECONDS = 15.0  # without a message, after which the listener subscribes again
 OUR_FRAMES = ("run_handler", "to_thread_run_sync", "Error.unwrap")  # above a handler's
@@ -1404,12 +1429,12 @@ class WorkerPool:
 
 
 def leaves(error: BaseException) -> list[BaseException]:
-    """An error, or the first few of those in a group."""
+    """An error, or the first few of those in a group. What such a class has redefined is not asked."""
     found = [error]
     for each in found:  # which grows meanwhile: groups may be nested deeper than Python's stack
-        if isinstance(each, BaseExceptionGroup):
-            found += each.exceptions
-    return [each for each in found if not isinstance(each, BaseExceptionGroup)][:5]
+        if issubclass(type(each), BaseExceptionGroup):
+            found += cast(Any, BaseExceptionGroup).exceptions.__get__(each)
+    return [each for each in found if not issubclass(type(each), BaseExceptionGroup)][:5]
 
 
 def describe(error: BaseException) -> str:
@@ -1423,10 +1448,10 @@ def describe(error: BaseException) -> str:
 
 def trace(error: BaseException) -> str:
     """Where an error was raised: the handler's own frames, at most 8 kB, from both ends if there is more."""
-    frames = error.__traceback__
-    while frames and frames.tb_next and frames.tb_frame.f_code.co_qualname.startswith(OUR_FRAMES):
-        frames = frames.tb_next
     try:
+        frames = error.__traceback__
+        while frames and frames.tb_next and frames.tb_frame.f_code.co_qualname.startswith(OUR_FRAMES):
+            frames = frames.tb_next
         text = "".join(traceback.format_exception(type(error), error, frames))
     except BaseException:  # a group may be nested deeper than Python's stack, and an error may not be shown
         return ""
@@ -1439,11 +1464,17 @@ async def run_handler(attempt: Attempt, most_bytes: int) -> Report:
     claim, handler = attempt.claim, HANDLERS[attempt.claim.job_type]
     try:
         with attempt.scope:  # inside the `try`: to leave it raises, if the handler left a scope open
-            return Report(claim, "complete", to_json(await handler(handler.read(claim.payload)), most_bytes))
+            try:
+                result = await handler(handler.read(claim.payload))
+            finally:
+                attempt.is_over = True
+                while attempt.abandoned:  # here, since what they hold open belongs to this task
+                    await attempt.abandoned.pop().aclose()
+            return Report(claim, "complete", to_json(result, most_bytes))
     except BaseException as raised:  # here, and nowhere else: a handler may raise anything
         if trio.current_effective_deadline() == -math.inf:  # only a crash cancels a scope around a worker
             raise
-        is_final = any(isinstance(each, Unrecoverable) for each in leaves(raised))
+        is_final = any(issubclass(type(each), Unrecoverable) for each in leaves(raised))
         return Report(claim, "fail" if is_final else "retry", describe(raised), trace(raised))
     return Report(claim, "retry")  # it was cancelled: `judge` knows why
 
@@ -1499,10 +1530,16 @@ def decline(pool: WorkerPool, claim: Claim) -> Report | None:
     return Report(claim, "defer", delay=UNKNOWN_TYPE_SECONDS)  # as while a new version is being deployed
 
 
+def is_unchanged(context: Context) -> bool:
+    """Whether this task's variables have the very values of `context`: `==` would be the values' own code."""
+    now = copy_context()
+    return len(now) == len(context) and all(now.get(name) is value for name, value in context.items())
+
+
 async def run_jobs(pool: WorkerPool, worker: str) -> None:
     """Claim, run and report, until the pool is stopping, or a handler left something behind in this task."""
     task, clean, report = trio.lowlevel.current_task(), copy_context(), None
-    while not (pool.stopping.is_set() or task.child_nurseries or copy_context() != clean):
+    while is_unchanged(clean) and not (pool.stopping.is_set() or task.child_nurseries):
         seen = pool.notifier.count  # before the claim: a job that comes after it ends the wait below
         claim = await pool.tell_redis(report, f"{worker}:{next(pool.numbers)}")
         report = None
@@ -1657,7 +1694,8 @@ async def open_pool(pool: WorkerPool) -> None:
     """Let the pool work, if the keys in Redis are this program's; otherwise end the process."""
     if not pool.is_ours and (layout := await pool.store.layout()) != LAYOUT:
         log.critical("Redis has jobs of another version: layout %s, and this program's is %s", layout, LAYOUT)
-        os._exit(1)  # at once: nobody may go on and write to keys that are not ours
+        # At once: nobody may go on and write to keys that are not ours.
+        os._exit(1 if pool.settings.processes == 1 else NOT_OURS)
     pool.open()
 
 
@@ -1978,6 +2016,7 @@ def create_app(pool: WorkerPool) -> QuartTrio:
     """The REST API, and the page that shows it to people."""
     app = QuartTrio(__name__, static_folder=None)
     app.config |= {"MAX_CONTENT_LENGTH": pool.settings.max_body_bytes, "POOL": pool}
+    app.config["RESPONSE_TIMEOUT"] = None  # a list takes its time; `Client` ends what nobody reads
     app.register_blueprint(api)
     return app
 
@@ -1989,7 +2028,6 @@ BACKLOG = 1024  # connections that wait to be accepted
 RESERVED_DESCRIPTORS = 100  # those that clients cannot take: Redis must be reached whatever they do
 IDLE_CLIENT_SECONDS = 5.0  # how long a connection may wait for a request, or for the rest of its head
 SILENT_CLIENT_SECONDS = 30.0  # how long a client may take nothing of its answer
-YOUNG_SECONDS = 5.0  # a process that ends by itself so soon is not started again
 CONTROL = {n: ascii(chr(n))[1:-1] for n in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
 SECRETS = r"(?s)(?<=//)[^/]*@|[?#].*"  # of a URL: who logs in, and any options
 Resources = AbstractAsyncContextManager[object] | None
@@ -2116,6 +2154,23 @@ async def serve_http(pool: WorkerPool, listeners: Sequence[socket.socket]) -> No
                 client.close_if_idle()
 
 
+def keep_abandoned_generators() -> None:
+    """Let an attempt close the async generators that its handler does not read to the end.
+
+    Trio closes them in a task of its own, and fails if one holds a nursery of another task open.
+    """
+    of_trio = cast(Callable[[Any], None], sys.get_asyncgen_hooks().finalizer)
+
+    def finalize(generator: AsyncGenerator[Any, Any]) -> None:
+        attempt = _attempt.get(None)
+        if attempt and not attempt.is_over:
+            attempt.abandoned.append(generator)
+        elif not (attempt and trio.lowlevel.current_task().child_nurseries):  # otherwise the task ends anyway
+            of_trio(generator)
+
+    sys.set_asyncgen_hooks(finalizer=finalize)
+
+
 async def crash_on_bug(pool: WorkerPool, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
     """Run a task of the service. A bug in it ends the process; it is logged first, since that takes time."""
     try:
@@ -2148,6 +2203,8 @@ def stop_on_signals(pool: WorkerPool) -> None:
         signal.signal(number, on_signal)
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which `main` holds back
+        # What a handler forks is no service: there these signals do what they always do.
+        os.register_at_fork(after_in_child=lambda: [signal.signal(each, signal.SIG_DFL) for each in SIGNALS])
 
 
 def announce(settings: Settings, listeners: Sequence[socket.socket]) -> None:
@@ -2179,6 +2236,7 @@ async def serve(settings: Settings, listeners: Sequence[socket.socket], resource
             connections.start_soon(run, task)
         async with trio.open_nursery() as background:
             stop_on_signals(pool)
+            keep_abandoned_generators()
             for pool_task in (inspect_redis, heartbeat, sweep, watch_handlers, leave_behind):
                 background.start_soon(run, pool_task, pool)
             if url:
@@ -2248,25 +2306,31 @@ def stop_with_parent(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def fork_processes(count: int, listeners: Sequence[socket.socket]) -> None:
-    """Return in `count` child processes, and never in this one, which looks after them.
+def fork_processes(settings: Settings, listeners: Sequence[socket.socket]) -> None:
+    """Return in PROCESSES child processes, and never in this one, which looks after them.
 
-    It passes signals on, starts again what dies, and ends with the worst of the exit statuses. One that fails
-    as soon as it has begun is not started again, but ends them all.
+    It passes signals on, starts again what dies, and ends with the worst of the exit statuses. It kills what
+    does not end in time. If Redis has keys of another layout, no process is started again, and all end.
     """
     if sys.platform == "win32":
         return  # never: Settings refuses it
-    children = dict[int, float]()  # when each began, by its process id
-    parent, worst = os.getpid(), 0
+    count = settings.processes or os.cpu_count() or 1
+    graces = itertools.chain([settings.shutdown_grace_seconds], itertools.repeat(0.0))
+    children, parent, worst = set[int](), os.getpid(), 0
+
+    def send(number: int) -> None:
+        for pid in children:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, number)
 
     def pass_on(number: int, _frame: object = None) -> None:
         nonlocal count
         count = 0  # none is to be started again
         for each in listeners:
             each.close()  # or clients would wait in a backlog that nobody empties
-        for pid in children:
-            with suppress(ProcessLookupError):  # it has just ended
-                os.kill(pid, number)
+        send(number)
+        signal.signal(signal.SIGALRM, lambda *_: send(signal.SIGKILL))  # for what C code may hold up
+        signal.setitimer(signal.ITIMER_REAL, next(graces) + 3 * EXIT_SECONDS)
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
@@ -2276,17 +2340,18 @@ def fork_processes(count: int, listeners: Sequence[socket.socket]) -> None:
                 os.setpgrp()  # a Ctrl+C is for the parent to pass on: to get it twice would end the grace
                 threading.Thread(target=stop_with_parent, args=(parent,), daemon=True).start()
                 return
-            children[child] = time.monotonic()
+            children.add(child)
         # Signals come only here: each must meet all children, so none may come while one is being forked.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         child, waited = os.wait()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         status = os.waitstatus_to_exitcode(waited)  # negative: of the signal that killed it
-        began = children.pop(child, None)
-        if began is None:  # the first process of a container is given those that lost their parent
+        if child not in children:  # the first process of a container is given those that lost their parent
             continue
-        if count and status > 0 and time.monotonic() < began + YOUNG_SECONDS:
-            pass_on(signal.SIGTERM)  # a new one would fail as well, as with keys of another layout
+        children.remove(child)
+        if status == NOT_OURS:
+            pass_on(signal.SIGTERM)
+            status = 1
         if count:
             log.error("process %d is gone, with status %d: another one starts", child, status)
             time.sleep(AGAIN_SECONDS)
@@ -2311,8 +2376,14 @@ def main(resources: Resources = None) -> None:
         log.warning("anybody who reaches %s may use this queue: set API_TOKEN", settings.host)
     listeners = open_listeners(settings.host.strip("[]"), settings.port)
     if settings.processes != 1:
-        fork_processes(settings.processes or os.cpu_count() or 1, listeners)
-    trio.run(serve, settings, listeners, resources)
+        fork_processes(settings, listeners)
+    try:
+        trio.run(serve, settings, listeners, resources)
+    except (
+        trio.TrioInternalError
+    ):  # a handler has broken Trio: nothing that still waits for it may hold us up
+        log.critical("Trio failed", exc_info=True)
+        os._exit(1)
 
 
 if __name__ == "__main__":

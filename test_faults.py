@@ -724,7 +724,7 @@ def test_the_processes_end_with_the_one_that_started_them(service: Start, redis_
 def test_the_worst_status_of_the_processes_is_that_of_the_program(
     service: Start, redis_server: RedisServer
 ) -> None:
-    program = service(redis_server.url, "--processes", "2")
+    program = service(redis_server.url, "--processes", "2", "--shutdown-grace-seconds", "600")
     served_by = serving(program, 2)
     os.kill(min(served_by), signal.SIGSTOP)  # it cannot heed the signal that is passed on
     program.process.send_signal(signal.SIGTERM)
@@ -743,6 +743,31 @@ def test_processes_that_find_another_layout_are_not_started_again(
     program = service(redis_server.url, "--processes", "2")
     assert program.process.wait(PATIENCE_SECONDS) == 1
     assert program.log.count("CRITICAL Redis has jobs of another version") <= 2
+
+
+def test_jobs_that_end_their_process_at_once_do_not_end_the_others(
+    misbehaving: Start, redis_server: RedisServer
+) -> None:
+    asked = misbehaving(redis_server.url, "--workers", "0")  # which itself runs none of them
+    ids = [submit(asked, "exit") for _ in range(4)] + [submit(asked, "append", {"value": 1})]
+    program = misbehaving(redis_server.url, "--processes", "2", "--workers", "1", "--lease-seconds", "1")
+    assert [asked.ended(job_id)["status"] for job_id in ids] == ["failed"] * 4 + ["completed"]
+    assert program.log.count("is gone, with status 1") == 4
+    assert program.stop() == 0
+
+
+@pytest.mark.parametrize("how", ["frozen", "in C code"])
+def test_a_process_that_heeds_no_signal_is_killed_after_the_grace(
+    misbehaving: Start, redis_server: RedisServer, how: str
+) -> None:
+    program = misbehaving(redis_server.url, "--processes", "2", "--shutdown-grace-seconds", "0.5")
+    if how == "frozen":
+        os.kill(min(serving(program, 2)), signal.SIGSTOP)
+    else:
+        submit(program, "regex")
+        eventually(lambda: redis_server.client.get("begun"), "it is run")
+    program.process.send_signal(signal.SIGTERM)
+    assert program.process.wait(PATIENCE_SECONDS) == signal.SIGKILL
 
 
 def test_shutdown_with_a_half_sent_request(graceful: Start, redis_server: RedisServer) -> None:
@@ -841,7 +866,7 @@ def test_shutdowns_at_random_moments_lose_nothing_and_count_nothing(
 # ── Handlers that misbehave ─────────────────────────────────────────────────────────────────────
 
 MISBEHAVING = r"""
-import asyncio, contextvars, decimal, logging
+import asyncio, contextlib, contextvars, decimal, gc, logging, multiprocessing, re, sys
 
 log = logging.getLogger("of.a.handler")
 colour = contextvars.ContextVar("colour", default="none")
@@ -855,6 +880,16 @@ class Unspeakable(Exception):
 
 class Forger(Exception):
     pass
+
+class Masked(Exception):
+    __class__ = property(lambda self: sys.exit("its class"))
+
+class Closed(Exception):
+    def __getattribute__(self, name):
+        raise SystemExit(name)
+
+class Sealed(ExceptionGroup):
+    exceptions = property(lambda self: sys.exit("its exceptions"))
 
 def deep():
     error = ValueError("at the bottom")
@@ -886,10 +921,16 @@ RAISED = {
     "group": lambda: BaseExceptionGroup("all", [Own(), BaseExceptionGroup("in", [KeyError(), SystemExit()])]),
     "deep group": deep,
     "no str": Unspeakable,
+    "no class": Masked,
+    "no exceptions": lambda: Sealed("sealed", [KeyError()]),
     "long": lambda: ValueError("x" * 10_000_000),
     "half a surrogate pair": lambda: ValueError("\ud800"),
     "forger": lambda: Forger("a\r\n\x1b[2J2000-01-01 00:00:00.000 INFO    forged\nforged\x00"),
 }
+
+@jobqueue.handler("raise-closed")
+async def raise_closed() -> None:
+    raise Closed  # a thread's error is asked for its traceback by Trio
 
 @jobqueue.handler("raise-async")
 async def raise_async(what: str) -> None:
@@ -909,6 +950,94 @@ async def impatient():
     with trio.move_on_after(0.05):
         yield 1
         await trio.sleep_forever()
+
+async def pages(holds: str):
+    "What is to be read to the end; until then it holds something open."
+    scope = trio.open_nursery() if holds == "nursery" else trio.fail_after(60)
+    async with scope if holds == "nursery" else contextlib.AsyncExitStack() as nursery:
+        with contextlib.nullcontext() if holds == "nursery" else scope:
+            if holds == "nursery":
+                nursery.start_soon(trio.sleep_forever)
+            try:
+                yield 1
+                yield 2
+            finally:
+                client.rpush("closed", holds)
+
+@jobqueue.handler("abandon")
+async def abandon(holds: str, end: str) -> int:
+    "Reads one of two pages."
+    if end == "cycle":
+        circle = [pages(holds)]
+        circle.append(circle)
+        await circle[0].__anext__()
+        del circle
+        gc.collect()
+    else:
+        async for number in pages(holds):
+            if end == "raise":
+                raise ValueError("its own")
+            if end == "sleep":
+                await trio.sleep_forever()
+            if end == "return":
+                return number
+            break
+    await trio.sleep(0.05)
+    return 1
+
+@jobqueue.handler("break-trio")
+async def break_trio() -> None:
+    async def bug():
+        raise KeyError("a bug")
+    trio.lowlevel.spawn_system_task(bug)
+    await trio.sleep(0.1)
+
+class Array:
+    "As one of numpy, whose == is no truth."
+    def __eq__(self, other):
+        raise ValueError("the truth value of an array is ambiguous")
+
+shape = contextvars.ContextVar("shape")
+shape.set(Array())
+seen = contextvars.ContextVar("seen")
+seen.set([])
+
+@jobqueue.handler("reshape")
+async def reshape() -> list:
+    found = list(seen.get())
+    shape.set(Array())
+    seen.set([])  # equal to the other, and not the same
+    seen.get().append("mine")
+    return found
+
+@jobqueue.handler("fork")
+def fork() -> int:
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    child.start()
+    child.terminate()
+    child.join()
+    return child.exitcode
+
+@jobqueue.handler("exit")
+async def exit_at_once() -> None:
+    os._exit(1)
+
+@jobqueue.handler("threads")
+async def threads(count: int) -> None:
+    "Takes all threads that Trio lends, until the test lets them go on."
+    def wait():
+        client.incr("waiting")
+        while not client.get("open:threads"):
+            time.sleep(0.05)
+    async with trio.open_nursery() as nursery:
+        for _ in range(count):
+            nursery.start_soon(trio.to_thread.run_sync, wait)
+
+@jobqueue.handler("regex")
+def regex() -> None:
+    "C code that holds all of Python, for a very long time."
+    client.incr("begun")
+    re.match("(a*)*b", "a" * 60)
 
 @jobqueue.handler("leave")
 async def leave(what: str) -> int:
@@ -1084,6 +1213,8 @@ RAISED = {
     "group": ["Own", "KeyError", "SystemExit"],
     "deep group": [],  # its name, or what is at the bottom: see the test
     "no str": ["Unspeakable"],
+    "no class": ["Masked"],
+    "no exceptions": ["KeyError"],
     "long": ["ValueError", "xxx"],
     "half a surrogate pair": ["ValueError"],
     "forger": ["Forger", "forged"],
@@ -1159,6 +1290,70 @@ def test_a_cancel_scope_that_a_handler_leaves_behind_fails_its_attempt_and_cance
     ends(program, 1)
     assert redis_server.client.lrange(PREFIX + "queue", 0, -1) == [last]  # the grace could cancel it
     check(redis_server.client)
+
+
+@pytest.mark.parametrize("end", ["break", "return", "raise", "sleep", "cycle"])
+@pytest.mark.parametrize("holds", ["scope", "nursery"])
+def test_an_async_generator_that_is_not_read_to_the_end_is_closed_and_harms_no_other_job(
+    misbehaving: Start, redis_server: RedisServer, holds: str, end: str
+) -> None:
+    program = misbehaving(redis_server.url, "--workers", "1", "--job-timeout-seconds", "0.3")
+    job = program.ended(submit(program, "abandon", {"holds": holds, "end": end}))
+    assert job["attempts"] == 1
+    assert (job["status"] == "completed") == (holds == "scope" and end not in ("raise", "sleep")), job
+    assert program.ended(submit(program, "append", {"value": 1}))["status"] == "completed"
+    eventually(lambda: redis_server.client.lrange("closed", 0, -1) == [holds], "it is closed")
+    stops(program, 1)
+
+
+def test_an_error_that_shows_nothing_of_itself_is_a_failed_attempt(
+    misbehaving: Start, redis_server: RedisServer
+) -> None:
+    program = misbehaving(redis_server.url, "--workers", "1")
+    job = program.ended(submit(program, "raise-closed"))
+    assert (job["status"], job["attempts"], job["error"]) == ("failed", 1, "Closed, which cannot be shown")
+    assert program.ended(submit(program, "append", {"value": 1}))["status"] == "completed"
+
+
+def test_a_handler_that_breaks_trio_ends_its_process_with_a_traceback_and_is_run_again(
+    misbehaving: Start, redis_server: RedisServer
+) -> None:
+    program = misbehaving(redis_server.url, "--lease-seconds", "1")
+    job_id = submit(program, "break-trio")
+    assert program.process.wait(PATIENCE_SECONDS) == 1
+    assert "CRITICAL Trio failed" in program.log
+    assert "KeyError: 'a bug'" in program.log
+    program = misbehaving(redis_server.url, "--lease-seconds", "1", "--workers", "0")
+    assert program.ended(job_id)["status"] == "failed"  # it had one attempt
+    stops(program, 1)
+
+
+def test_the_values_of_context_variables_are_not_compared_by_their_own_code(
+    misbehaving: Start, redis_server: RedisServer
+) -> None:
+    program = misbehaving(redis_server.url, "--workers", "1")
+    for _ in range(3):
+        assert program.ended(submit(program, "reshape"))["result"] == []
+    stops(program, 1)
+
+
+def test_what_a_handler_forks_ends_at_a_signal_as_ever(misbehaving: Start, redis_server: RedisServer) -> None:
+    program = misbehaving(redis_server.url)
+    assert program.ended(submit(program, "fork"))["result"] == -signal.SIGTERM
+    stops(program, 1)
+
+
+def test_handlers_that_take_all_threads_do_not_keep_redis_away(
+    misbehaving: Start, redis_server: RedisServer
+) -> None:
+    program, client = misbehaving(redis_server.url), redis_server.client
+    job_id = submit(program, "threads", {"count": 50})
+    eventually(lambda: client.get("waiting") == "40", "all that Trio lends are taken")
+    client.client_kill_filter(_type="normal", skipme=True)
+    eventually(lambda: program.call("GET", f"/job/{job_id}")[0] == 200, "Redis is back")
+    submit(program, "append", {"value": 1})
+    client.set("open:threads", 1)
+    assert program.ended(job_id)["status"] == "completed"
 
 
 def test_a_decimal_precision_that_a_job_sets_is_not_that_of_the_next_one(
@@ -1409,8 +1604,8 @@ DAMAGE: dict[str, list[str | None]] = {  # what each field is set to; None: the 
     "status": ["abc", None, ""],
     "job_type": ["abc", None, ""],
     "payload": ["abc", None, "", "[1]", "NaN"],
-    "created_at": NUMBERS,
-    "due_at": NUMBERS,
+    "created_at": [*NUMBERS, "9" * 20, "-1e300"],
+    "due_at": [*NUMBERS, "9" * 20],
 }
 LEGIBLE = {"abc", ""}  # job types that nobody handles, but which may be meant
 

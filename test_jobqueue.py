@@ -21,7 +21,7 @@ import threading
 import time
 import typing
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -284,6 +284,7 @@ class Meters(float):
         ([1e300, 1e-7, -0.0], [1e300, 1e-7, -0.0]),
         ('\0\x1f\u2028é😀"\\/', '\0\x1f\u2028é😀"\\/'),
         ([date(2026, 1, 2), None, Color.RED], ["2026-01-02", None, "red"]),
+        ({date(2026, 1, 2): 1, Color.RED: None}, {"2026-01-02": 1, "red": None}),
     ],
     ids=repr,
 )
@@ -555,6 +556,26 @@ async def test_a_call_after_a_restart_of_redis_succeeds(
 async def test_a_host_that_cannot_be_is_a_connection_error() -> None:
     with pytest.raises(redis.ConnectionError):
         await RedisConnection("redis://redis..example").exchange([("PING",)])
+
+
+async def test_a_command_whose_connection_was_lost_is_sent_to_the_new_redis_that_knows_no_script(
+    nursery: trio.Nursery,
+) -> None:
+    async def transport(commands: Sequence[jobqueue.Command]) -> list[Any]:
+        [command] = commands
+        record.append(str(command[0]))
+        if len(record) == 1:
+            raise redis.ConnectionError("Redis closed the connection")
+        if "SCRIPT" not in record:
+            return [redis.exceptions.NoScriptError("NOSCRIPT")]
+        return [[]]
+
+    record = list[str]()
+    pipeline = AutoPipeline(transport)
+    nursery.start_soon(pipeline.run)
+    assert await Store(pipeline).finished(["x"]) == []
+    assert record == ["EVALSHA", "EVALSHA", *["SCRIPT"] * len(jobqueue.SCRIPTS), "EVALSHA"]
+    nursery.cancel_scope.cancel()
 
 
 async def test_what_one_transport_leaves_the_other_takes(nursery: trio.Nursery) -> None:
@@ -1019,6 +1040,27 @@ async def test_pages_by_status_are_the_places_of_that_status(bench: Bench) -> No
     assert pending[2:] == ids[:5:-1]
 
 
+# Counts what the calls of a script answer; the jobs themselves are read by `pcall`.
+COUNTING = """
+local real = redis
+local redis = {pcall = real.pcall, call = function(...)
+  local reply = real.call(...)
+  if type(reply) == 'table' then real.call('INCRBY', KEYS[1] .. 'seen', #reply) end
+  return reply
+end}
+"""
+
+
+async def test_a_page_of_jobs_of_the_same_moment_reads_no_more_of_them_than_it_has(bench: Bench) -> None:
+    ids = sorted(await submitted(bench, 50, delay=60))[::-1]
+    assert await listed(bench, Status.PENDING, 7) == [ids[n : n + 7] for n in range(0, 50, 7)]
+    bench.store = Store(bench.pipeline, clock=COUNTING + Bench.CLOCK)
+    first = await bench.store.page(Status.PENDING, "", 3)
+    before = int(bench.client.get(PREFIX + "seen"))
+    await bench.store.page(Status.PENDING, first.cursor, 3)
+    assert int(bench.client.get(PREFIX + "seen")) - before < 20
+
+
 async def test_a_page_tells_for_how_long_the_first_in_the_queue_has_been_due(bench: Bench) -> None:
     assert (await bench.store.page(None, "", 1)).oldest is None
     await submitted(bench, 1, delay=60)
@@ -1027,6 +1069,13 @@ async def test_a_page_tells_for_how_long_the_first_in_the_queue_has_been_due(ben
     await submitted(bench, 2)
     bench.move(2.5)
     assert (await bench.store.page(Status.FAILED, "", 1)).oldest == 2.5
+    [older, newer] = [json.loads(job)["id"] for job in (await bench.store.page(None, "", 2)).jobs][::-1]
+    bench.client.hset(f"{PREFIX}job:{newer}", "created_at", "-1e300")  # by somebody else
+    await bench.store.cancel(older)
+    assert (await bench.store.page(None, "", 1)).oldest == bench.now
+    await bench.store.cancel(newer)
+    assert (await bench.store.page(None, "", 1)).oldest is None
+    await submitted(bench, 2)
     for n in range(2):
         await report(bench, await claim(bench, f"i:{n}"), "complete", "0")
     bench.move(50)  # which is 2.5 s after the delay
@@ -1118,8 +1167,18 @@ def test_the_layout_number_stands_for_these_keys_and_statuses() -> None:
     """Older programs may misread others: then raise the number, say so in the CHANGELOG, and mend this."""
     assert jobqueue.LAYOUT == "2"
     assert [*Status] == ["pending", "processing", "completed", "failed"]
-    keys = "claim: delayed history idempotency: job: processing queue started wake withdrawn"
+    keys = "claim: delayed history idempotency: job: layout processing queue started wake withdrawn"
     assert sorted({*re.findall(r"P \.\. '([a-z:]+)'", jobqueue.LUA)}) == keys.split()
+
+
+async def test_a_redis_that_lost_its_data_gets_its_layout_again(bench: Bench) -> None:
+    bench.client.flushall()
+    bench.move(0)
+    await bench.store.sweep(0)
+    assert bench.client.get(PREFIX + "layout") == jobqueue.LAYOUT
+    bench.client.set(PREFIX + "layout", "99")
+    await bench.store.sweep(0)
+    assert bench.client.get(PREFIX + "layout") == "99"
 
 
 async def test_the_layout_is_read_from_a_redis_that_has_no_room(
@@ -1154,6 +1213,12 @@ end}
 
 async def ready_to_claim(bench: Bench) -> Callable[[], Any]:
     await submitted(bench, 2)
+    return lambda: bench.store.report_and_claim(None, "i:1", LEASE)
+
+
+async def ready_to_claim_behind_a_cancelled_one(bench: Bench) -> Callable[[], Any]:
+    cancelled, *_ = await submitted(bench, 3)
+    await bench.store.cancel(cancelled)
     return lambda: bench.store.report_and_claim(None, "i:1", LEASE)
 
 
@@ -1217,6 +1282,7 @@ def a_cancel(delay: float, claimed: bool) -> Callable[[Bench], Any]:
 
 STATES: list[Callable[[Bench], Any]] = [
     ready_to_claim,
+    ready_to_claim_behind_a_cancelled_one,
     a_claim_said_again,
     *[
         a_report(*each)
@@ -1274,6 +1340,7 @@ async def test_an_error_at_any_call_of_a_script_loses_no_job(
             kept = {job_id for job_id in before if bench.job(job_id)}
         places = bench.places()
         assert places.keys() <= {"completed", "failed"}, f"an error at call {number}"
+        assert not bench.client.exists(PREFIX + "withdrawn"), f"an error at call {number}"
         for place, ids in places.items():
             assert {bench.job(job_id)["status"] for job_id in ids} == {place}, f"an error at call {number}"
         finished = [job_id for ids in places.values() for job_id in ids]
@@ -2065,6 +2132,21 @@ async def test_nothing_is_written_to_keys_of_another_layout(
     assert ended == [1]
     assert api.bench.places() == {"queue": [job_id]}
     assert (await api.get(f"/job/{job_id}"))[1]["status"] == "pending"
+
+
+async def test_a_list_may_take_longer_than_a_minute(
+    autojump_clock: MockClock, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(*arguments: Any, **options: Any) -> jobqueue.Page:
+        await trio.sleep(40)
+        return await page(*arguments, **options)
+
+    page = api.bench.store.page
+    await submitted(api.bench, 401)
+    monkeypatch.setattr(api.bench.store, "page", slow)
+    with trio.fail_after(1000):
+        assert len((await api.get("/jobs"))[1]) == 401
+    assert trio.current_time() > 100
 
 
 async def test_the_first_job_in_memory_need_not_wait_for_a_sweep(
