@@ -1084,8 +1084,8 @@ SCRIPTS = {
         local function count(place) return redis.call('ZCARD', P .. place) end
         local waiting = redis.call('LLEN', P .. 'queue') - redis.call('SCARD', P .. 'withdrawn')
         local pending = math.max(0, waiting) + count('delayed')
-        local since
-        for _, id in ipairs(redis.call('LRANGE', P .. 'queue', -10, -1)) do  -- the first not cancelled
+        local since  -- when the first in line was due; of the last ten, since some may be cancelled
+        for _, id in ipairs(redis.call('LRANGE', P .. 'queue', -10, -1)) do
           local job_status, created, due = unpack(read(id, 'status', 'created_at', 'due_at'))
           local time = job_status == 'pending' and tonumber(due or created or '')
           since = time and math.max(0, math.min(now, time)) or since  -- perhaps it is damaged
@@ -2379,11 +2379,9 @@ def main(resources: Resources = None) -> None:
         fork_processes(settings, listeners)
     try:
         trio.run(serve, settings, listeners, resources)
-    except (
-        trio.TrioInternalError
-    ):  # a handler has broken Trio: nothing that still waits for it may hold us up
+    except trio.TrioInternalError:
         log.critical("Trio failed", exc_info=True)
-        os._exit(1)
+        os._exit(1)  # at once: tasks that Trio left in the middle would hold up the end of the process
 
 
 if __name__ == "__main__":

@@ -294,6 +294,22 @@ def test_a_result_is_json_also_of_what_json_does_not_know(result: Any, shown: An
     assert ", " not in text  # whichever of the two encoders made it
 
 
+@dataclasses.dataclass
+class Picky:
+    size: int
+
+    def __post_init__(self) -> None:
+        raise LookupError("no such size")
+
+
+def test_a_type_whose_own_code_raises_is_a_clear_error(handler: Register) -> None:
+    @handler("pick")
+    def pick(of: Picky) -> None: ...
+
+    with pytest.raises(ValueError, match=r"^payload: LookupError: no such size$"):
+        read("pick", {"of": {"size": 1}})
+
+
 def test_a_parameter_without_annotation_takes_anything_and_defaults_are_real(handler: Register) -> None:
     @handler("mixed")
     def mixed(anything, color: Color = Color.RED, items: list[int] = [1]) -> None: ...  # type: ignore[no-untyped-def] # noqa: B006
