@@ -355,7 +355,7 @@ class Attempt(msgspec.Struct, eq=False):
     overstays: int = 0  # ticks since its scope was cancelled
     progress: str = ""  # as JSON, until the next heartbeat takes it
     is_over: bool = False  # whether its handler has ended
-    abandoned: list[AsyncGenerator[Any, Any]] = []  # which the handler did not read to the end
+    abandoned: list[AsyncGenerator[Any, Any]] = []  # not read to the end, and perhaps with a nursery open
 
 
 def job() -> Job:
@@ -2163,12 +2163,27 @@ def keep_abandoned_generators() -> None:
 
     def finalize(generator: AsyncGenerator[Any, Any]) -> None:
         attempt = _attempt.get(None)
-        if attempt and not attempt.is_over:
-            attempt.abandoned.append(generator)
-        elif not (attempt and trio.lowlevel.current_task().child_nurseries):  # otherwise the task ends anyway
+        if attempt is None or not trio.lowlevel.current_task().child_nurseries:
             of_trio(generator)
+        elif not attempt.is_over:  # otherwise the nursery was left behind, and ends with its task
+            attempt.abandoned.append(generator)
 
     sys.set_asyncgen_hooks(finalizer=finalize)
+
+
+def keep_signals_from_forks() -> None:
+    """Let what a handler forks, as multiprocessing does, heed signals as any program does."""
+    if sys.platform == "win32":
+        return
+    mask = signal.pthread_sigmask
+
+    def in_child() -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        mask(signal.SIG_UNBLOCK, SIGNALS)
+
+    hold, let_go = partial(mask, signal.SIG_BLOCK, SIGNALS), partial(mask, signal.SIG_UNBLOCK, SIGNALS)
+    os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=in_child)
 
 
 async def crash_on_bug(pool: WorkerPool, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
@@ -2203,8 +2218,6 @@ def stop_on_signals(pool: WorkerPool) -> None:
         signal.signal(number, on_signal)
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which `main` holds back
-        # What a handler forks is no service: there these signals do what they always do.
-        os.register_at_fork(after_in_child=lambda: [signal.signal(each, signal.SIG_DFL) for each in SIGNALS])
 
 
 def announce(settings: Settings, listeners: Sequence[socket.socket]) -> None:
@@ -2236,6 +2249,7 @@ async def serve(settings: Settings, listeners: Sequence[socket.socket], resource
             connections.start_soon(run, task)
         async with trio.open_nursery() as background:
             stop_on_signals(pool)
+            keep_signals_from_forks()
             keep_abandoned_generators()
             for pool_task in (inspect_redis, heartbeat, sweep, watch_handlers, leave_behind):
                 background.start_soon(run, pool_task, pool)

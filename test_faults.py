@@ -953,11 +953,11 @@ async def impatient():
 
 async def pages(holds: str):
     "What is to be read to the end; until then it holds something open."
-    scope = trio.open_nursery() if holds == "nursery" else trio.fail_after(60)
-    async with scope if holds == "nursery" else contextlib.AsyncExitStack() as nursery:
-        with contextlib.nullcontext() if holds == "nursery" else scope:
-            if holds == "nursery":
-                nursery.start_soon(trio.sleep_forever)
+    scope = trio.fail_after(60) if holds == "scope" else contextlib.nullcontext()
+    async with trio.open_nursery() if holds == "nursery" else contextlib.nullcontext() as nursery:
+        if nursery:
+            nursery.start_soon(trio.sleep_forever)
+        with scope:
             try:
                 yield 1
                 yield 2
@@ -1293,17 +1293,22 @@ def test_a_cancel_scope_that_a_handler_leaves_behind_fails_its_attempt_and_cance
 
 
 @pytest.mark.parametrize("end", ["break", "return", "raise", "sleep", "cycle"])
-@pytest.mark.parametrize("holds", ["scope", "nursery"])
+@pytest.mark.parametrize("holds", ["nothing", "scope", "nursery"])
 def test_an_async_generator_that_is_not_read_to_the_end_is_closed_and_harms_no_other_job(
     misbehaving: Start, redis_server: RedisServer, holds: str, end: str
 ) -> None:
     program = misbehaving(redis_server.url, "--workers", "1", "--job-timeout-seconds", "0.3")
     job = program.ended(submit(program, "abandon", {"holds": holds, "end": end}))
     assert job["attempts"] == 1
-    assert (job["status"] == "completed") == (holds == "scope" and end not in ("raise", "sleep")), job
+    if (holds, end) != (
+        "scope",
+        "cycle",
+    ):  # where the collector closes the scope in the right task, by chance
+        is_well = holds == "nothing" and end not in ("raise", "sleep")
+        assert job["status"] == ("completed" if is_well else "failed"), job
     assert program.ended(submit(program, "append", {"value": 1}))["status"] == "completed"
     eventually(lambda: redis_server.client.lrange("closed", 0, -1) == [holds], "it is closed")
-    stops(program, 1)
+    ends(program, 1)
 
 
 def test_an_error_that_shows_nothing_of_itself_is_a_failed_attempt(
