@@ -761,13 +761,19 @@ def test_a_process_that_heeds_no_signal_is_killed_after_the_grace(
     misbehaving: Start, redis_server: RedisServer, how: str
 ) -> None:
     program = misbehaving(redis_server.url, "--processes", "2", "--shutdown-grace-seconds", "0.5")
+    served_by = serving(program, 2)
     if how == "frozen":
-        os.kill(min(serving(program, 2)), signal.SIGSTOP)
+        os.kill(min(served_by), signal.SIGSTOP)
     else:
         submit(program, "regex")
         eventually(lambda: redis_server.client.get("begun"), "it is run")
     program.process.send_signal(signal.SIGTERM)
-    assert program.process.wait(PATIENCE_SECONDS) == signal.SIGKILL
+    try:
+        assert program.process.wait(PATIENCE_SECONDS) == signal.SIGKILL
+    finally:
+        for process_id in served_by:  # or one would compute on after a failure
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
 
 
 def test_shutdown_with_a_half_sent_request(graceful: Start, redis_server: RedisServer) -> None:
