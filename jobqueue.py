@@ -57,7 +57,16 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field, fields, replace
@@ -1084,11 +1093,12 @@ SCRIPTS = {
         local function count(place) return redis.call('ZCARD', P .. place) end
         local waiting = redis.call('LLEN', P .. 'queue') - redis.call('SCARD', P .. 'withdrawn')
         local pending = math.max(0, waiting) + count('delayed')
-        local since  -- when the first in line was due; of the last ten, since some may be cancelled
-        for _, id in ipairs(redis.call('LRANGE', P .. 'queue', -10, -1)) do
-          local job_status, created, due = unpack(read(id, 'status', 'created_at', 'due_at'))
+        local line, since = redis.call('LRANGE', P .. 'queue', -10, -1), nil  -- first in line is the last
+        for i = #line, 1, -1 do  -- some may be cancelled
+          local job_status, created, due = unpack(read(line[i], 'status', 'created_at', 'due_at'))
           local time = job_status == 'pending' and tonumber(due or created or '')
-          since = time and math.max(0, math.min(now, time)) or since  -- perhaps it is damaged
+          since = time and math.max(0, math.min(now, time))  -- perhaps it is damaged
+          if since then break end
         end
         local counts = {pending, count('processing')}
         for _, place in ipairs(FINISHED) do counts[#counts + 1] = count(place) end
@@ -2197,6 +2207,11 @@ async def crash_on_bug(pool: WorkerPool, task: Callable[..., Awaitable[None]], *
         raise
 
 
+def graces(settings: Settings) -> Iterator[float]:
+    """The seconds that each signal, in its turn, gives to running jobs: the second ends the grace."""
+    return itertools.chain([settings.shutdown_grace_seconds], itertools.repeat(0.0))
+
+
 def stop_on_signals(pool: WorkerPool) -> None:
     """Stop the pool at the first signal, and without any grace at the second.
 
@@ -2204,11 +2219,11 @@ def stop_on_signals(pool: WorkerPool) -> None:
     be done between any two instructions; the rest is the event loop's, once that goes on.
     """
     call_soon = trio.lowlevel.current_trio_token().run_sync_soon
-    graces = itertools.chain([pool.settings.shutdown_grace_seconds], itertools.repeat(0.0))
+    each_grace = graces(pool.settings)
     text = "%s: stopping; what runs has %g s to finish"
 
     def on_signal(number: int, _frame: object) -> None:
-        grace = next(graces)
+        grace = next(each_grace)
         end_process(pool, grace + EXIT_SECONDS)
         with suppress(trio.RunFinishedError):
             call_soon(log.info, text, signal.Signals(number).name, grace)
@@ -2329,8 +2344,7 @@ def fork_processes(settings: Settings, listeners: Sequence[socket.socket]) -> No
     if sys.platform == "win32":
         return  # never: Settings refuses it
     count = settings.processes or os.cpu_count() or 1
-    graces = itertools.chain([settings.shutdown_grace_seconds], itertools.repeat(0.0))
-    children, parent, worst = set[int](), os.getpid(), 0
+    children, parent, worst, each_grace = set[int](), os.getpid(), 0, graces(settings)
 
     def send(number: int) -> None:
         for pid in children:
@@ -2344,7 +2358,7 @@ def fork_processes(settings: Settings, listeners: Sequence[socket.socket]) -> No
             each.close()  # or clients would wait in a backlog that nobody empties
         send(number)
         signal.signal(signal.SIGALRM, lambda *_: send(signal.SIGKILL))  # for what C code may hold up
-        signal.setitimer(signal.ITIMER_REAL, next(graces) + 3 * EXIT_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, next(each_grace) + 3 * EXIT_SECONDS)
 
     for number in SIGNALS:
         signal.signal(number, pass_on)

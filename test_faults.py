@@ -1306,10 +1306,7 @@ def test_an_async_generator_that_is_not_read_to_the_end_is_closed_and_harms_no_o
     program = misbehaving(redis_server.url, "--workers", "1", "--job-timeout-seconds", "0.3")
     job = program.ended(submit(program, "abandon", {"holds": holds, "end": end}))
     assert job["attempts"] == 1
-    if (holds, end) != (
-        "scope",
-        "cycle",
-    ):  # where the collector closes the scope in the right task, by chance
+    if (holds, end) != ("scope", "cycle"):  # the collector closes that scope in the right task, by chance
         is_well = holds == "nothing" and end not in ("raise", "sleep")
         assert job["status"] == ("completed" if is_well else "failed"), job
     assert program.ended(submit(program, "append", {"value": 1}))["status"] == "completed"

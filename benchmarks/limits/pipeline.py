@@ -74,7 +74,7 @@ def work() -> None:
                 token, (_, job_id, _, payload, attempts, *_) = held[slot]
                 result = json.dumps(peer.add(**json.loads(payload)))
                 reported = [job_id, token, "complete", result, "", "", attempts, 0]
-            report([PREFIX], [*reported, *tokens[slot].split(":"), LEASE_MS], pipe)
+            report([PREFIX], [*reported, tokens[slot], LEASE_MS], pipe)
         claims: list[Any] = [claim for _, claim in pipe.execute()]
         held = [(token, job) for token, job in zip(tokens, claims, strict=True) if job]
 
