@@ -4,8 +4,9 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /app
 
 # Packages first: this layer is built again only when their versions change. Tests and checks stay outside.
-COPY requirements.txt .
-RUN sed '/^# Tests/,$d' requirements.txt > runs.txt && pip install --no-cache-dir --only-binary :all: -r runs.txt
+COPY requirements.txt constraints.txt ./
+RUN pip install --no-cache-dir --only-binary :all: -c requirements.txt \
+    trio hypercorn h11 quart quart-trio werkzeug msgspec redis hiredis fakeredis lupa
 
 # The module, and those of a fork; .dockerignore leaves out the tests.
 COPY *.py ./
