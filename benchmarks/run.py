@@ -1,243 +1,183 @@
 #!/usr/bin/env python3
 """Measure this job queue service beside its limits and its peers, all in one run, on this machine.
 
-    python benchmarks/run.py                    everything, about twenty minutes
-    python benchmarks/run.py --quick            what matters most, a bit more than a minute
-    python benchmarks/run.py --only drain saq   some figures, or some systems, or both
+    python benchmarks/run.py                                everything, some ten minutes
+    python benchmarks/run.py --only drain jobqueue bullmq   some scenarios, or some systems, or both
+    python benchmarks/run.py --only drain jobqueue beside --beside ../other/jobqueue.py
+    python benchmarks/run.py --quick                        with small counts: to see that all works
+    python benchmarks/run.py --publish                      everything, written to results.md and README.md
 
-It starts a Redis of its own, and makes what the peers need (`.venv*`, `peers/node_modules`) if need be.
-All systems take their turn in each round, so that a machine that gets slower does so for all of them.
+It starts a Redis of its own, and installs what the peers need (`.venv`, `peers/node_modules`) if need be.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.metadata
+import os
+import platform
 import signal
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
-import figures
 import harness
 import redis
-import report
 import systems
-from figures import Bench, Results
 from harness import HERE, MeasurementError
-from systems import Peer, Service, System, Web
+from scenarios import SCENARIOS, Bench, Scenario
+from systems import System
 
-QUICK_SECONDS, FULL_SECONDS = 180.0, 1560.0  # no new measurement is begun after so long
-SYSTEMS = ("jobqueue", *systems.LIMITS, *systems.PEERS)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One measurement of one round."""
-
-    name: str
-    seconds: float  # about what it takes
-    measure: Callable[[], None]
+SYSTEMS = ("jobqueue", *systems.PEERS)
+PACKAGES = ("trio", "hypercorn", "quart", "quart-trio", "msgspec", "redis", "hiredis")  # the service's
+MARKS = "<!-- results: written by run.py --publish -->\n", "<!-- end of the results -->\n"
+Values = dict[str, list[dict[str, float]]]  # by row: each round's values by column; {} where it failed
 
 
-# ── The plan ────────────────────────────────────────────────────────────────────────────────────
+# ── Measuring ───────────────────────────────────────────────────────────────────────────────────
 
 
-def plan(bench: Bench, measured: list[System], wanted: set[str]) -> Iterator[Step]:
-    """All steps, in order: by rounds, in which all systems take their turn; the longest come last."""
-    rounds = 2 if bench.quick else 3
-    ours = wanted if bench.service in measured else set()
+def measure(name: str, bench: Bench, rounds: int, failures: list[str]) -> Values:
+    """All rounds of a scenario. In each, all rows take their turn, so that none has a better hour."""
+    rows = SCENARIOS[name].rows(bench)
+    values: Values = {row: [] for row in rows}
     for number in range(rounds):
-        for system in measured:
-            yield from drains(bench, system, number) if wanted & {"drain", "memory"} else []
-        for count in workers(bench.quick, number) if "workers" in ours else []:
-            yield Step(f"drain, {count} workers", 5, partial(figures.workers, bench, count))
-        if "workers" in ours and not bench.quick:
-            yield Step("drain, LOG_LEVEL=info", 6, partial(figures.workers, bench, 10, "info"))
-    for number in range(rounds):
-        for system in measured:
-            yield from submissions(bench, system, number) if "submit" in wanted else []
-    for number in range(rounds):
-        for system in measured if "latency" in wanted else []:
-            if system.stamps and not bench.quick:
-                yield Step(f"latency, {system.name}", 3.5, partial(figures.latency, bench, system))
-        if not (bench.quick and number):
-            yield from of_the_service(bench, ours)
-    if "fleet" in ours and not bench.quick:
-        yield Step("a fleet on one Redis", 200, partial(measure_fleet, bench))
-    for jobs in (100_000, 1_000_000) if "growth" in ours and not bench.quick else []:
-        yield Step(f"growth, {jobs:,} jobs", 20 + jobs / 12_000, partial(figures.growth, bench, jobs))
+        # Back and forth, so that none always comes after the same one.
+        for row in list(rows) if number % 2 == 0 else reversed(rows):
+            found: dict[str, float] = {}
+            try:
+                found = rows[row]()
+                text = ", ".join(f"{figure(value)} {column}" for column, value in found.items())
+            except (MeasurementError, OSError, ValueError, redis.RedisError) as error:
+                text = " ".join(str(error).split()) or type(error).__name__
+                failures.append(f"{name}, {row}: {text}")
+            values[row].append(found)
+            print(f"{name}, round {number + 1} of {rounds}: {row}: {text}", file=sys.stderr, flush=True)
+    return values
 
 
-def measure_fleet(bench: Bench) -> None:
-    sys.path.insert(0, str(bench.service.module.parent))  # where the Store is that it calls
-    import fleet
-
-    fleet.measure(bench)
-
-
-def drains(bench: Bench, system: System, number: int) -> Iterator[Step]:
-    """Every setting of a system; in a quick run several processes once, and of the Python peers alone."""
-    for setting in system.settings:
-        column = report.SEVERAL if setting.several else report.ONE_PROCESS
-        once = setting.several or system.name in systems.LIMITS
-        left_out = setting.several and system.jobs >= bench.service.jobs
-        if bench.quick and (left_out or (once and number)):
-            continue
-        name = f"drain, {system.name}, {setting.label}"
-        yield Step(name, 4, partial(figures.drain, bench, system, setting, column))
+def machine(client: redis.Redis, measured: Sequence[System]) -> str:
+    """What the figures depend on."""
+    model = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in PACKAGES]
+    versions += [f"{each.name} {each.version}" for each in measured]
+    if any(each.name == "bullmq" for each in measured):
+        versions.append(f"Node {harness.run(['node', '--version'], 10).strip()}")
+    kernel = os.uname().release
+    return (
+        f"{os.cpu_count()} cores ({model or platform.machine()}), {memory:.0f} GB, Linux {kernel}.\n"
+        f"Python {platform.python_version()}, Redis {client.info('server')['redis_version']}, "
+        f"{', '.join(versions)}."
+    )
 
 
-def workers(quick: bool, number: int) -> list[int]:
-    """Beside ten, which the other drains have."""
-    return ([] if number else [3]) if quick else [1, 3, 50]
+# ── Tables ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def submissions(bench: Bench, system: System, number: int) -> Iterator[Step]:
-    """Every way of a system; in a quick run those that the chart shows, and of this service once all."""
-    for way in system.ways:
-        in_chart = way in (systems.TASKS, systems.BULK_1000)
-        once = not in_chart or system.name in ("pipeline", "hypercorn")
-        left_out = not in_chart and system is not bench.service
-        if not bench.quick or not (left_out or (once and number)):
-            name = f"submit, {system.name}, {way}"
-            yield Step(name, 2, partial(figures.submission, bench, system, way))
-    if system is bench.service and not bench.quick:
-        yield Step("submit, workers running", 2, partial(figures.busy_submission, bench))
+def figure(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value < 10 else f"{value:.1f}"
 
 
-def of_the_service(bench: Bench, wanted: set[str]) -> Iterator[Step]:
-    """What is measured of this service alone."""
-    if "latency" in wanted or "post" in wanted:
-        yield Step("latency, jobqueue", 6, partial(figures.latencies, bench))
-        yield Step("latency, across instances", 4, partial(figures.across, bench))
-    if "posts" in wanted:
-        yield Step("POST beside a bare view", 10 if bench.quick else 17, partial(figures.posts, bench))
-        for count in (1, 2) if bench.service.can_share() else (1,):
-            yield Step(f"submitted and completed, {count} x", 13, partial(figures.served, bench, count))
-    if "read" in wanted:
-        yield Step("GET /job/<id>", 3, partial(figures.get_job, bench))
-    for jobs in (1000, 10_000, 100_000) if "list" in wanted or "beside" in wanted else []:
-        step = partial(figures.listing, bench, jobs, beside=jobs == 100_000)
-        yield Step(f"GET /jobs, {jobs:,} jobs", 2 + jobs / 10_000, step)
-    if "idle" in wanted:
-        yield Step("idle", 5, partial(figures.idle, bench))
-        if not bench.quick:
-            yield Step("clients that wait", 10, partial(figures.waiting, bench))
-    if "start" in wanted:
-        yield from [Step("start-up", 1, partial(figures.start_up, bench))] * 2
-    for copies in (1, 2, 4) if "instances" in wanted and not bench.quick else []:
-        yield Step(f"{copies} instances", 4 + 2 * copies, partial(figures.instances, bench, copies))
+def cell(values: Sequence[float]) -> str:
+    """The median, and the least and the most of all rounds."""
+    text = figure(statistics.median(values)) if values else "-"
+    return f"{text} ({figure(min(values))} … {figure(max(values))})" if len(values) > 1 else text
 
 
-# ── Carrying it out ─────────────────────────────────────────────────────────────────────────────
+def ratios(scenario: Scenario, values: Values, row: str) -> list[float]:
+    """The ratio of each round: the values of one round were measured right after each other."""
+    base = scenario.base or "jobqueue"
+    pairs = [
+        (next(iter(there.values())), next(iter(here.values())))
+        for there, here in zip(values.get(base, []), values[row], strict=False)
+        if there and here and row != base
+    ]
+    return [here / there if scenario.base else there / here for there, here in pairs]
 
 
-class Progress:
-    """A bar on a terminal; a line for each step elsewhere."""
-
-    def __init__(self, steps: list[Step]) -> None:
-        self._total = sum(step.seconds for step in steps)
-        self._done = 0.0
-        self._begun = time.monotonic()
-
-    def begin(self, step: Step) -> None:
-        share = self._done / self._total
-        took = time.monotonic() - self._begun
-        left = took / share - took if share > 0.05 else self._total - took
-        text = f"{share:4.0%} {step.name}"
-        if sys.stderr.isatty():
-            bar = "█" * round(share * 30)
-            line = f"\r\033[K[{bar:░<30}] {text}, {max(0, left):.0f} s left"
-            print(line, end="", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr)
-        self._done += step.seconds
-
-    def end(self) -> None:
-        print("\r\033[K" if sys.stderr.isatty() else "100%", end="\n", file=sys.stderr)
+def table(scenario: Scenario, values: Values) -> str:
+    """Rows, the first of them the head, as a Markdown table whose columns stand below each other."""
+    columns = list(dict.fromkeys(column for found in values.values() for each in found for column in each))
+    compared = {row: ratios(scenario, values, row) for row in values}
+    heads = [f"÷ {scenario.base}" if scenario.base else "jobqueue ÷ this"] if any(compared.values()) else []
+    rows = [["", *columns, *heads]]
+    for row, found in values.items():
+        cells = [cell([each[column] for each in found if column in each]) for column in columns]
+        rows.append([row, *cells, *([cell(compared[row])] if heads else [])])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    lines = []
+    for first, *others in rows:
+        cells = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        lines.append(f"| {' | '.join([first.ljust(widths[0]), *cells])} |")
+    return "\n".join(lines)
 
 
-def carry_out(steps: list[Step], results: Results, seconds: float) -> None:
-    """One step after the other; what fails is noted, and what is too late is left out."""
-    progress = Progress(steps)
-    deadline = time.monotonic() + seconds
-    for step in steps:
-        progress.begin(step)
-        if time.monotonic() > deadline:
-            results.failures.append((step.name, f"the run had taken {seconds:g} s"))
-            continue
-        try:
-            step.measure()
-        except (MeasurementError, OSError, ValueError, redis.RedisError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            results.failures.append((step.name, reason[:300]))
-    progress.end()
+def publish(text: str) -> None:
+    """Write the results to results.md, and into README.md between its marks."""
+    (HERE / "results.md").write_text(f"# Results of the last full run\n\n{text}")
+    readme = HERE / "README.md"
+    before, _, rest = readme.read_text().partition(MARKS[0])
+    readme.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
 
 
-def find_systems(names: list[str], service: Service, client: redis.Redis, results: Results) -> list[System]:
-    """The systems of these names. A peer that cannot be had is noted."""
-    limits = {"quart-trio": Web("quart-trio", "quart"), "hypercorn": Web("hypercorn", "raw")}
-    found: list[System] = []
-    for name in names:
-        try:
-            if name == service.name:
-                found.append(service)
-            elif name == "pipeline":
-                path = {"PYTHONPATH": str(service.module.parent)}
-                found.append(Peer(name, "limits.pipeline", [sys.executable], client, service.url, path))
-            elif name in limits:
-                found.append(limits[name])
-            else:
-                found.append(systems.find_peer(name, client, service.url))
-        except (MeasurementError, OSError, ValueError) as error:
-            results.failures.append((name, str(error)))
-    return found
+# ── The command line ────────────────────────────────────────────────────────────────────────────
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure this service beside its limits and its peers.")
-    parser.add_argument("--quick", action="store_true", help="what matters most, a bit more than a minute")
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", default=[], choices=[*SYSTEMS, *report.TITLES],
-        help=f"systems ({', '.join(SYSTEMS)}) or figures ({', '.join(report.TITLES)})",
-    )  # fmt: skip
+    names = f"scenarios ({', '.join(SCENARIOS)}) or systems ({', '.join(SYSTEMS)}, beside)"
+    choices = [*SCENARIOS, *SYSTEMS, "beside"]
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=[], choices=choices, help=names)
+    parser.add_argument("--rounds", type=int, help="in place of those that each scenario has")
+    parser.add_argument("--quick", action="store_true", help="small counts, one round: to see that all works")
+    parser.add_argument("--publish", action="store_true", help="write results.md, and README.md's table")
     default = HERE.parent / "jobqueue.py"
-    parser.add_argument("--service", type=Path, default=default, help="another jobqueue.py to measure")
+    parser.add_argument("--service", type=Path, default=default, help="the jobqueue.py to measure")
+    parser.add_argument("--beside", type=Path, help="another jobqueue.py, in turn with it")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("run.py: stopped"))
-    only = set(arguments.only)
-    quick_ones = [name for name in SYSTEMS if name not in systems.PEERS or name in systems.FAST_PEERS]
-    names = [name for name in SYSTEMS if name in only] or (quick_ones if arguments.quick else list(SYSTEMS))
-    wanted = only & set(report.TITLES) or set(report.TITLES)
-    results = Results()
+    wanted = [name for name in SCENARIOS if name in arguments.only] or list(SCENARIOS)
+    beside = ["beside"] if arguments.beside else []
+    names = [name for name in (*SYSTEMS, "beside") if name in arguments.only] or [*SYSTEMS, *beside]
+    failures, parts, measured = list[str](), list[str](), list[System]()
+    begun, busy = time.monotonic(), harness.busy_share()
+    print(f"other programs use {busy:.0%} of the processors", file=sys.stderr)
     with harness.private_redis() as (client, url):
-        service = Service(arguments.service.resolve(), client, url)
-        measured = find_systems(names, service, client, results)
-        bench = Bench(client, results, service, Web("quart-trio", "quart"), arguments.quick)
-        busy = harness.busy_share()
-        if busy > 0.1:
-            print(f"other programs use {busy:.0%} of the processors: figures will be off", file=sys.stderr)
-        begun = time.monotonic()
-        most_seconds = QUICK_SECONDS if arguments.quick else FULL_SECONDS
-        carry_out(list(plan(bench, measured, wanted)), results, most_seconds)
-        took = f"a {'quick' if arguments.quick else 'full'} run of {time.monotonic() - begun:.0f} s"
-        facts = systems.machine(client) | {"busy_before": busy, "busy_after": harness.busy_share()}
-    name = "partial" if only else "quick" if arguments.quick else "results"
-    text = report.as_text(results, measured, facts, took)
-    (HERE / f"{name}.md").write_text(text)
-    data = report.as_json(results, measured, facts, took)
-    (HERE / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
-    (HERE / f"{name}.svg").write_text(report.as_svg(results, took))
+        for name in names:
+            try:
+                modules = arguments.service.resolve(), arguments.beside and arguments.beside.resolve()
+                measured.append(systems.find(name, *modules, client, url))
+            except (MeasurementError, OSError, ValueError) as error:
+                failures.append(f"{name}: {error}")
+        bench = Bench(client, measured, arguments.quick)
+        for name in wanted:
+            scenario = SCENARIOS[name]
+            rounds = arguments.rounds or (1 if arguments.quick else scenario.rounds)
+            values = measure(name, bench, rounds, failures)
+            parts.append(f"## {scenario.title}\n\n{table(scenario, values)}")
+        took, when = time.monotonic() - begun, time.strftime("%B %Y")
+        head = (
+            f"{machine(client, measured)}\n"
+            f"{when}; the run took {took:.0f} s; others used {busy:.0%} of the processors before it.\n"
+            "A figure is the median of all rounds, a ratio the median of each round's; in brackets the least "
+            "and the most."
+        )
+    if failures:
+        parts.append("## Not measured\n\n" + "\n".join(f"- {failure}" for failure in failures))
+    text = "\n\n".join([head, *parts]) + "\n"
     print(text)
-    print(f"Also in {name}.md, {name}.json and {name}.svg in {HERE}.", file=sys.stderr)
+    if arguments.publish:
+        publish(text)
 
 
 if __name__ == "__main__":
@@ -245,3 +185,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("run.py: stopped")
+    except MeasurementError as error:
+        sys.exit(f"run.py: {error}")

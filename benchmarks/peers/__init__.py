@@ -1,1 +1,1 @@
-"""The other job queues, one small file each, all with the command line of `peer.py`."""
+"""The systems that are measured beside this one."""

@@ -1,5 +1,5 @@
 """huey, at its best: the blocking pop of its RedisHuey, no periodic tasks to look for, and not its threads
-but greenlets (`pip install gevent`) in one process, or processes. Its documentation has all three."""
+but greenlets (`pip install gevent`). Its documentation has all three."""
 
 from huey import RedisHuey
 
@@ -8,10 +8,10 @@ from peers import peer
 huey = RedisHuey("bench", url=peer.REDIS_URL)
 add = huey.task()(peer.add)
 stamp = huey.task()(peer.stamp)
-CONSUMER = "-m huey.bin.huey_consumer peers.huey.huey --workers 10 --no-periodic --quiet --worker-type"
+WORKER = "-m huey.bin.huey_consumer peers.huey.huey --workers 10 --no-periodic --quiet --worker-type greenlet"
 
 
-def one(count: int) -> None:
+def submit(count: int) -> None:
     for number in range(count):
         add(number, 1)
 
@@ -19,12 +19,9 @@ def one(count: int) -> None:
 if __name__ == "__main__":
     peer.main(
         package="huey",
-        settings=[
-            peer.Setting("10 greenlets", f"{CONSUMER} greenlet"),
-            peer.Setting("10 processes", f"{CONSUMER} process", several=True),
-        ],
+        worker=WORKER,
         finished=("HLEN", "huey.results.bench"),
-        ways={"one": one},
+        submit=submit,
         send_stamp=lambda: stamp(peer.time.time()),
         jobs=5000,
     )

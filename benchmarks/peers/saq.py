@@ -1,4 +1,4 @@
-"""saq, at its best: async jobs, hiredis, and `--workers` for several processes."""
+"""saq, at its best: async jobs, ten at a time, and hiredis."""
 
 from typing import Any
 
@@ -17,28 +17,19 @@ async def stamp(_: Any, *, sent: float) -> None:
     peer.stamp(sent)
 
 
-settings = {"queue": queue, "functions": [add, stamp], "concurrency": peer.CONCURRENCY}
-WORKER = "-m saq peers.saq.settings --quiet"
+settings = {"queue": queue, "functions": [add, stamp], "concurrency": 10}
 
 
-async def one(count: int) -> None:
-    for number in range(count):
-        await queue.enqueue("add", a=number, b=1)
-
-
-async def tasks(count: int) -> None:
+async def submit(count: int) -> None:
     await peer.from_tasks(count, lambda: queue.enqueue("add", a=1, b=2))
 
 
 if __name__ == "__main__":
     peer.main(
         package="saq",
-        settings=[
-            peer.Setting("10 tasks", WORKER),
-            peer.Setting("2 processes of 5 tasks", f"{WORKER} --workers 2", several=True, concurrency=5),
-        ],
+        worker="-m saq peers.saq.settings --quiet",
         finished=("ZCARD", "saq:default:incomplete"),  # this one counts down
-        ways={"one": one, "tasks": tasks},
+        submit=submit,
         send_stamp=lambda: queue.enqueue("stamp", sent=peer.time.time()),
-        jobs=3500,
+        jobs=4000,
     )

@@ -9,7 +9,10 @@ from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 from peers import peer
 
 broker = RedisStreamBroker(peer.REDIS_URL).with_result_backend(RedisAsyncResultBackend(peer.REDIS_URL))
-WORKER = "-m taskiq worker peers.taskiq:broker --max-prefetch 100 --no-parse --log-level WARNING"
+WORKER = (
+    "-m taskiq worker peers.taskiq:broker --workers 1 --max-async-tasks 10 --max-prefetch 100 --no-parse "
+    "--log-level WARNING"
+)
 
 
 @broker.task("add")
@@ -29,25 +32,17 @@ async def connect() -> AsyncIterator[None]:
     await broker.shutdown()
 
 
-async def one(count: int) -> None:
-    for number in range(count):
-        await add.kiq(number, 1)
-
-
-async def tasks(count: int) -> None:
+async def submit(count: int) -> None:
     await peer.from_tasks(count, lambda: add.kiq(1, 2))
 
 
 if __name__ == "__main__":
     peer.main(
         package="taskiq",
-        settings=[
-            peer.Setting("10 tasks", f"{WORKER} --workers 1 --max-async-tasks 10"),
-            peer.Setting("2 processes of 5 tasks", f"{WORKER} --workers 2 --max-async-tasks 5", several=True),
-        ],
+        worker=WORKER,
         finished=("DBSIZE",),  # a result is a key
-        ways={"one": one, "tasks": tasks},
+        submit=submit,
         send_stamp=lambda: stamp.kiq(peer.time.time()),
-        jobs=3000,
+        jobs=4000,
         connect=connect,
     )
