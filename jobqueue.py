@@ -1347,8 +1347,6 @@ async def dispatch(pool: Pool, name: str, attempts: trio.Nursery) -> None:
         pool.free += room - len(claims)
         for claim in claims:
             attempts.start_soon(occupy_worker, pool, claim)
-        if left and pool.can_claim():
-            pool.ring()  # the other dispatcher may have time
 
 
 async def renew_leases(pool: Pool) -> None:
@@ -1913,8 +1911,8 @@ class OneLine(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         time = datetime.fromtimestamp(record.created, UTC).isoformat(" ", "milliseconds")[:-6]
         attempt = _attempt.get(None)
-        job = f"job {attempt.claim.id}: " if attempt else ""
-        return f"{time}Z {record.levelname:7} {(job + record.message).translate(CONTROL)}"
+        text = f"job {attempt.claim.id}: {record.message}" if attempt else record.message
+        return f"{time}Z {record.levelname:7} {text if text.isprintable() else text.translate(CONTROL)}"
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         lines = super().formatException(ei).split("\n")

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import redis
+
+from conftest import MODULE, PREFIX, Program, RedisServer, eventually, free_port, missing
 from test_faults import (
     APPEND,
     Lab,
@@ -28,8 +30,6 @@ from test_faults import (
     stops,
     submit_all,
 )
-
-from conftest import MODULE, PREFIX, Program, RedisServer, eventually, free_port, missing
 
 SECRET = "s3cr:t/@%"  # as it stands in a URL, which has it percent-encoded:
 ENCODED = "s3cr%3At%2F%40%25"

@@ -12,10 +12,10 @@ from typing import Any, cast
 import fakeredis
 import pytest
 import redis
-from test_store_machine import PlainPipeline, run
 
 from conftest import PREFIX, Bench, RedisServer, new_job
 from jobqueue import FINISHED, Claim, Report, Status, Store
+from test_store_machine import PlainPipeline, run
 
 INJECTION = """
 local real, calls, fail_at = redis, 0, redis.call('GET', KEYS[1] .. 'fail_at')

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import fakeredis
 import pytest
-from test_store_machine import LEASE, SHOWN, Model
 
 from conftest import PREFIX
 from jobqueue import FINISHED, Claim, NewJob, Report
+from test_store_machine import LEASE, SHOWN, Model
 
 DELAY = LEASE / 2  # of a delayed job, and before a retry
 WORKERS = 2  # of each dispatcher
