@@ -1,7 +1,7 @@
 """A job queue service in one module: a REST API, Trio tasks that run the jobs, and Redis to keep them.
 
-A job whose POST was answered with 202 is run at least once, until it is completed or failed, whatever dies
-in between. This is its life; each arrow is one Lua script:
+A job whose POST was answered with 202 is attempted until it is completed or failed, whatever dies in between;
+so it may run more than once. This is its life, and each arrow is one Lua script:
 
     POST /job ──► queue ────step────► processing ──step──► completed
                    ▲ ▲                  │  │  │
@@ -96,7 +96,10 @@ log = logging.getLogger("jobqueue")
 
 REDIS_URL = "redis[s]://[user:password@]host[:port][/db], redis[s]+sentinel://host,…/name[/db], unix:///path"
 # `\Z`, since `$` also matches before a line end that comes last.
-REDIS_PATTERN = r"\A(|(rediss?://[^/#?\s]*|rediss?\+sentinel://[^/#?\s]+/[^/#?\s]+)(/\d*)?(\?[^#\s]*)?|unix://[^#\s]*/[^#\s]+)\Z"
+REDIS_PATTERN = (
+    r"\A(|(rediss?://[^/#?\s]*|rediss?\+sentinel://[^/#?\s]+/[^/#?\s]+)(/\d*)?(\?[^#\s]*)?"
+    r"|unix://[^#\s]*/[^#\s]+)\Z"
+)
 SMTP_PATTERN = r"\A(|smtps?://([^/@?#\s]*@)?(\[[0-9a-f:.]+\]|[^/@?#\s:]+)(:0*[1-9][0-9]*)?)\Z"
 FROM_PATTERN = r"\A[^@\x00-\x1f]+@[^@\x00-\x1f]+\Z"
 LOG_PATTERN = r"\A(?i:debug|info|warning|error)\Z"
@@ -148,7 +151,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            _checked(f, getattr(self, f.name))
+            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
         if self.reuse_port and not (self.redis_url and hasattr(socket, "SO_REUSEPORT")):
             raise ValueError("REUSE_PORT needs a REDIS_URL to share, and a system that has SO_REUSEPORT")
 
@@ -160,13 +163,7 @@ class Settings:
         parser.add_argument("--version", action="version", version=__version__)
         parser.add_argument("--processes", default=environ.get("PROCESSES"), help=argparse.SUPPRESS)
         for f in fields(cls):
-            default = (
-                f"{f.default:.12g}"
-                if isinstance(f.default, float)
-                else "unset"
-                if f.default == ""
-                else f.default
-            )
+            default = str(f.default).removesuffix(".0") or "unset"
             text = f"{f.metadata['meaning']} ({f.name.upper()}, default: {default})"
             flag, variable = f"--{f.name.replace('_', '-')}", environ.get(f.name.upper(), "")
             parser.add_argument(flag, metavar="VALUE", default=variable, help=text)
@@ -174,7 +171,7 @@ class Settings:
         try:
             if given.pop("processes", None):
                 raise ValueError("PROCESSES is gone: start several instances on one port with REUSE_PORT=1")
-            return cls(**{f.name: _checked(f, given[f.name]) for f in fields(cls) if f.name in given})
+            return cls(**given)
         except ValueError as error:
             parser.exit(2, f"{PROGRAM}: {error}\n")
 
@@ -339,7 +336,7 @@ def job() -> Job:
 
 
 def progress(done: float, note: str = "") -> None:
-    """Tell how much of this job is done: from 0 to 1, or ValueError for NaN. Outside of a job, do nothing."""
+    """Tell how much of this job is done, clamped to 0 … 1. ValueError for NaN. Outside of a job: nothing."""
     if math.isnan(done):
         raise ValueError("progress must be a number from 0 to 1, not NaN")
     if attempt := _attempt.get(None):
@@ -390,8 +387,7 @@ class Handler:
     def run(self, payload: str) -> Awaitable[Any]:
         """Call the function: in the task that awaits this if it is `async def`, in a thread if it is `def`.
 
-        A thread cannot be interrupted: a cancelled call goes on until it ends. The function may ask
-        `trio.from_thread.check_cancelled()`. As many threads as workers run: no limit may hold one back.
+        A thread cannot be interrupted, but it may ask `trio.from_thread.check_cancelled()`.
         """
         if inspect.iscoroutinefunction(self.function):
             return cast(Awaitable[Any], self.function(**self.read(payload)))
@@ -442,15 +438,6 @@ def send_email_through(url: str, sender: str) -> None:
     parts, tls = urlsplit(url), ssl.create_default_context()
     connect: Any = partial(smtplib.SMTP_SSL, context=tls) if parts.scheme == "smtps" else smtplib.SMTP
 
-    def log_in(server: smtplib.SMTP) -> None:
-        server.ehlo()
-        if server.has_extn("starttls"):
-            server.starttls(context=tls)
-        if parts.username:
-            if not isinstance(server.sock, ssl.SSLSocket) and parts.hostname not in LOOPBACK:
-                raise smtplib.SMTPNotSupportedError("the password would go over an unencrypted connection")
-            server.login(unquote(parts.username), unquote(parts.password or ""))
-
     @handler("email", replace=True)
     def send_email(to: str, subject: str, body: str) -> None:
         """Send an e-mail."""
@@ -466,7 +453,13 @@ def send_email_through(url: str, sender: str) -> None:
         message.set_content(body)
         try:
             with closing(connect(parts.hostname, parts.port or 0, timeout=SMTP_SECONDS)) as server:
-                log_in(server)
+                server.ehlo()
+                if server.has_extn("starttls"):
+                    server.starttls(context=tls)
+                if parts.username:
+                    if not isinstance(server.sock, ssl.SSLSocket) and parts.hostname not in LOOPBACK:
+                        raise smtplib.SMTPNotSupportedError("the password would go unencrypted")
+                    server.login(unquote(parts.username), unquote(parts.password or ""))
                 refused = server.send_message(message)
                 with suppress(smtplib.SMTPException, OSError):  # the message was taken, whatever is said now
                     server.quit()
@@ -503,13 +496,13 @@ Command = tuple[str | int | bytes, ...]
 Transport = Callable[[Sequence[Command]], Awaitable[list[Any]]]  # carries a batch, returns as many replies
 
 CONNECTIONS = 2
-REPLY_SECONDS = 2.5  # without any progress, after which a try has failed; after two, a client gets a 503
+REPLY_SECONDS = 2.5  # without any progress, after which a try has failed; each command has two
 SEND_BYTES = 65_536  # that are sent in one piece: each piece is progress
 NOT_YET = object()
 pack_command: Callable[[Command], bytes] = cast(Any, hiredis.pack_command)  # whose stub takes one word only
 # What a server says that cannot serve for now: a replica, one that starts, a node that lost or gives away the
 # slot. ASK is not followed: while a slot moves, a script would find only half of the keys at either end.
-WORDS = "READONLY|MASTERDOWN|MOVED|ASK|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|LOADING"
+WORDS = "READONLY|MASTERDOWN|MOVED|ASK|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|LOADING|ERR max number of clients"
 UNFIT = re.compile(rf"(ERR Error running script.* -)?({WORDS})\b")
 SENTINEL_URL = re.compile(r"(rediss?://)([^/]*@)?([^/@?]+)/([^/?]+)([^?]*)(.*)")
 
@@ -522,19 +515,18 @@ def _refusal(text: str) -> redis.RedisError:
 
 
 class RedisConnection:
-    """One connection to Redis, for one task at a time. It connects when first used, and after each loss.
-
-    Raises ValueError, TypeError, OSError or RedisError if the URL leads nowhere.
-    """
+    """One connection to Redis, for one task at a time. It connects when first used, and after each loss."""
 
     def __init__(self, url: str) -> None:
-        self._sentinels = list[str]()  # URLs, if they know the address; the one to ask next comes first
+        self._sentinels = list[RedisConnection]()  # if they know the address; the one to ask next comes first
         if match := SENTINEL_URL.fullmatch(url.replace("+sentinel", "", 1)) if "+sentinel:" in url else None:
             scheme, login, hosts, self._primary, path, query = match.groups("")
             for host in hosts.split(","):
                 address = host if re.search(r":\d+$", host) else f"{host}:26379"
                 # Sentinels often have no password of their own, and refuse one that they do not have.
-                self._sentinels += [f"{scheme}{each}{address}{query}" for each in {"", login}]
+                self._sentinels += [
+                    RedisConnection(f"{scheme}{each}{address}{query}") for each in {"", login}
+                ]
             url = f"{scheme}{login}{path}{query}"
         pool = redis.ConnectionPool.from_url(url)
         self._options = pool.connection_kwargs
@@ -550,10 +542,9 @@ class RedisConnection:
         self._stream: trio.abc.Stream | None = None
 
     async def _ask_sentinels(self) -> tuple[str, int]:
-        for url in list(self._sentinels):
+        for sentinel in list(self._sentinels):
             self._sentinels.append(self._sentinels.pop(0))  # if it hangs, the next try begins with another
             with suppress(redis.RedisError):
-                sentinel = RedisConnection(url)
                 [reply] = await sentinel.exchange([("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._primary)])
                 await sentinel.hang_up()
                 if isinstance(reply, list):
@@ -566,7 +557,8 @@ class RedisConnection:
         configured = self._options.get("host", "localhost"), self._options.get("port", 6379)
         host, port = self._moved or (await self._ask_sentinels() if self._sentinels else configured)
         self._moved = None  # if that place fails, the configured address is asked again
-        stream = await trio.open_tcp_stream(host or configured[0], port)
+        host = host or configured[0]  # MOVED without a host means the same one
+        stream = await trio.open_tcp_stream(host, port)
         return trio.SSLStream(stream, self._tls, server_hostname=host) if self._tls else stream
 
     async def _talk(self, commands: Sequence[Command], patience: float) -> list[Any]:
@@ -619,7 +611,7 @@ class RedisConnection:
             return replies
         except trio.TooSlowError:
             raise redis.TimeoutError(f"no progress for {patience:g} s") from None
-        except (OSError, UnicodeError, trio.BrokenResourceError) as error:  # UnicodeError: of a host name
+        except (OSError, ValueError, trio.BrokenResourceError) as error:  # ValueError: of an odd host name
             raise redis.ConnectionError(str(error.__cause__ or error)) from None
         finally:
             if not is_whole:
@@ -690,7 +682,7 @@ class AutoPipeline:
                 nursery.start_soon(self._carry, transport)
 
     async def call(self, *command: str | int) -> Any:
-        """The reply to a command. Redis gets it even if the caller is cancelled, and so does not wait for it.
+        """The reply to a command. If the caller is cancelled meanwhile, the command is sent all the same.
 
         Raises redis.ResponseError if it was refused, and redis.ConnectionError or TimeoutError when it is
         unknown whether it was carried out.
@@ -712,8 +704,8 @@ class AutoPipeline:
 #   out of the old place. If it stops half-way, the job is in both places, never in none. Whichever script
 #   meets an id in `queue`, `delayed` or `leases` whose status says otherwise takes it out there, and does
 #   nothing else. Only `submit` can be undone as a whole, and is: its client is told that it failed.
-# - The first write takes away. Redis out of memory refuses scripts that begin by adding. Only `submit` may be
-#   refused: every other script begins by taking away, if only nothing.
+# - The first write takes away. Redis out of memory refuses a script whose first write adds. So every script
+#   but `submit` begins with a write that takes something away, even if there is nothing to be taken.
 # - Everything may be sent twice, since a lost reply tells nothing. A submission brings its ids. A step has a
 #   number, and gets the same jobs when it is sent again. A report carries the fencing token of its claim,
 #   "<dispatcher>:<step>": with an old one it is refused, and sent again it finds the status changed already.
@@ -737,7 +729,8 @@ end
 
 local function count(text) return tonumber(string.match(text or '', '^%d+$')) end  -- nil if it is damaged
 
-local function has_left(id, status, expected)  -- whether the job is gone, or its status says otherwise
+-- Whether the job is gone, or its status says otherwise: then nothing more may be done with this id here.
+local function has_left(id, status, expected)
   local left = status ~= expected and STATUSES[status] == 1
   if not status then  -- a damaged status says nothing, and none says so if there is no job
     local fields = redis.pcall('HLEN', P .. 'job:' .. id)
@@ -751,18 +744,17 @@ local function move(id, number, from, to, ...)  -- to another status; `...` are 
   redis.call('ZADD', P .. to, string.match(number or '', '^%d+$') or 0, id)
   redis.call('HSET', P .. 'job:' .. id, 'status', to, ...)
   redis.call('ZREM', P .. from, id)
+  if to ~= 'processing' then redis.call('ZREM', P .. 'leases', id) end
 end
 
 local function finish(id, number, from, to, ...)
   redis.call('ZADD', P .. 'finished', now, id)
   move(id, number, from, to, 'finished_at', now, ...)
-  redis.call('ZREM', P .. 'leases', id)
 end
 
 local function requeue(id, number, ...)  -- first in line
   redis.call('RPUSH', P .. 'queue', id)
   move(id, number, 'processing', 'pending', ...)
-  redis.call('ZREM', P .. 'leases', id)
 end
 
 local function delete(id)  -- but in `queue` or `delayed`, where it is taken out when it is met
@@ -835,12 +827,11 @@ SCRIPTS = {
             redis.call('ZADD', P .. 'delayed', due_at, id)
             move(id, rank, 'processing', 'pending', 'attempts', attempts, 'due_at', due_at,
               unpack(transition == 'retry' and {'error', text, 'traceback', trace} or {}))
-            redis.call('ZREM', P .. 'leases', id)
           end
           return 1
         end
 
-        local function claim(id, is_recorded)
+        local function claim(id, is_recorded)  -- is_recorded: by this very step, when it came before
           local job_type, payload, attempts, max_retries, timeout, status, held_by, rank =
             unpack(read(id, 'job_type', 'payload', 'attempts', 'max_retries', 'timeout', 'status',
               'token', 'number'))
@@ -894,8 +885,8 @@ SCRIPTS = {
     "sweep": """
         local most, end_leases_by, retention, keep = unpack(ARGV)
         local ended, is_full = {}, false
-        local function due(place, by)
-          local ids = redis.call('ZRANGEBYSCORE', P .. place, '-inf', by, 'LIMIT', 0, most)
+        local function due(name, by)
+          local ids = redis.call('ZRANGEBYSCORE', P .. name, '-inf', by, 'LIMIT', 0, most)
           is_full = is_full or #ids == tonumber(most)
           return ids
         end
@@ -921,16 +912,13 @@ SCRIPTS = {
           end
         end
         local excess = math.min(most, redis.call('ZCARD', P .. 'finished') - keep)
-        local old = excess > 0 and redis.call('ZRANGE', P .. 'finished', 0, excess - 1)
-          or due('finished', now - retention)
-        is_full = is_full or excess == tonumber(most)
+        local old = due('finished', now - retention)  -- both begin with the oldest
+        if excess > #old then old = redis.call('ZRANGE', P .. 'finished', 0, excess - 1) end
+        is_full = is_full or #old == tonumber(most)
         for _, id in ipairs(old) do
           local status = read(id, 'status')[1]
-          if status == 'pending' or status == 'processing' then
-            redis.call('ZREM', P .. 'finished', id)
-          else
-            delete(id)
-          end
+          local runs = status == 'pending' or status == 'processing'
+          if runs then redis.call('ZREM', P .. 'finished', id) else delete(id) end
         end
         local next_due = redis.call('ZRANGE', P .. 'delayed', 0, 0, 'WITHSCORES')[2]
         local wait = is_full and 0 or next_due and math.max(0, next_due - now) or -1
@@ -942,7 +930,7 @@ SCRIPTS = {
         local status, held_by, number = unpack(read(id, 'status', 'token', 'number'))
         write_first()
         local is_cancelled = held_by == token
-        if not is_cancelled and not has_left(id, status, 'pending') or status == 'processing' then
+        if not is_cancelled and (status == 'processing' or not has_left(id, status, 'pending')) then
           finish(id, number, status == 'processing' and status or 'pending', 'failed',
             'error', 'cancelled', 'token', token)  -- so a late report is refused
           redis.call('ZREM', P .. 'delayed', id)
@@ -951,8 +939,8 @@ SCRIPTS = {
         local job = read(id)
         if not is_cancelled and #job > 0 then delete(id) end
         return {job, is_cancelled and 1 or 0}""",
-    # → each job as names and values in turn, behind its id; the next cursor or ''; how many jobs each status
-    #   has, in Status's order; and for how many ms the first in the queue has been due, if there is one
+    # → each job: its id, names and values in turn; the next cursor or ''; how many jobs each status has, in
+    #   Status's order; and for how many ms the first in the queue has been due, if there is one
     "page": """
         local list, cursor, limit, most_bytes = unpack(ARGV)
         local below = cursor == '' and '+inf' or '(' .. cursor
@@ -963,8 +951,7 @@ SCRIPTS = {
           shown = shown + 1
           local job = read(ids[2 * shown - 1])
           for i = 2, #job, 2 do size = size + #job[i] + 20 end
-          table.insert(job, 1, ids[2 * shown - 1])
-          jobs[shown] = job
+          jobs[shown] = {ids[2 * shown - 1], job}
         end
         local counts, age = {}, false
         for _, status in ipairs({'pending', 'processing', 'completed', 'failed'}) do
@@ -1030,24 +1017,17 @@ class Store:
         self._hashes = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._texts.items()}
 
     async def _twice(self, *command: str | int) -> Any:
-        """The reply to a command, which is sent again if the first reply was lost, or Redis is a new one."""
-        was_lost = was_new = False
-        while True:
-            try:
-                return await self._pipeline.call(*command)
-            except redis.exceptions.NoScriptError:
-                if was_new:
-                    raise
-                was_new = True
-                for text in self._texts.values():
-                    await self._pipeline.call("SCRIPT", "LOAD", text)
-            except (redis.ConnectionError, redis.TimeoutError):
-                if was_lost:
-                    raise
-                was_lost = True
+        """The reply to a command, which is sent again if the first reply was lost."""
+        try:
+            return await self._pipeline.call(*command)
+        except (redis.ConnectionError, redis.TimeoutError):
+            return await self._pipeline.call(*command)
 
     async def _run(self, name: str, *arguments: str | int) -> Any:
-        return await self._twice("EVALSHA", self._hashes[name], 1, self.prefix, *arguments)
+        try:
+            return await self._twice("EVALSHA", self._hashes[name], 1, self.prefix, *arguments)
+        except redis.exceptions.NoScriptError:  # this Redis is a new one: EVAL makes it know the script
+            return await self._twice("EVAL", self._texts[name], 1, self.prefix, *arguments)
 
     async def submit(
         self, jobs: Sequence[NewJob], key: str = "", fingerprint: str = "", asks_others: bool = False
@@ -1099,10 +1079,7 @@ class Store:
         return Sweep(now, ready, math.inf if wait < 0 else wait / 1000, ended)
 
     async def cancel(self, job_id: str) -> tuple[str, bool] | None:
-        """Let a job that waits or runs end as failed, and delete one that is finished.
-
-        The job as JSON, and whether it was cancelled rather than deleted; None if it is unknown.
-        """
+        """Fail a job that waits or runs, or delete a finished one: its JSON, and whether it was cancelled."""
         held, is_cancelled = await self._run("cancel", job_id, f"cancel:{uuid.uuid4()}")
         stored = dict(zip(held[::2], held[1::2], strict=True))
         return (job_json(job_id, stored), is_cancelled == 1) if stored else None
@@ -1123,7 +1100,7 @@ class Store:
         """Jobs behind the cursor, newest first, from the first if it is empty; fewer if they are large."""
         jobs, cursor, counts, oldest = await self._run("page", status or "jobs", cursor, limit, most_bytes)
         found = list[str]()
-        for job_id, *held in jobs:
+        for job_id, held in jobs:
             stored = dict(zip(held[::2], held[1::2], strict=True))
             if stored and status in (None, stored.get("status")):  # or a script was cut off half-way
                 found.append(job_json(job_id, stored))
@@ -1142,10 +1119,6 @@ class Store:
             raise reply
         return reply is not None
 
-    async def ping(self) -> None:
-        """Ask whether Redis is there."""
-        await self._twice("PING")
-
 
 # ── Workers ─────────────────────────────────────────────────────────────────────────────────────
 #
@@ -1153,7 +1126,8 @@ class Store:
 # dispatchers use it, so that Redis works for one while Python works for the other. Each attempt is a task of
 # its own, so whatever a handler leaves behind there ends with it. Three invariants:
 # - A worker is free, or reserved by a step that is under way, or busy with one attempt.
-# - Whoever leaves work for a dispatcher rings, and a ring is kept until one of them waits for it.
+# - Whoever leaves work for a dispatcher rings, and a ring is kept until one of them waits for it. If no
+#   worker is free then, the end of an attempt leaves a report, and with it the next step.
 # - A dispatcher that ends rings for the other one, which may have nothing more to wait for.
 
 DISPATCHERS = ("a", "b")
@@ -1162,13 +1136,13 @@ TICK_SECONDS = 0.5  # how often the queue is swept, and the event loop watched
 SWEEP_PAUSE_SECONDS = 0.01  # between two sweeps, when jobs fall due one after the other
 AGAIN_SECONDS = 0.2  # how long to wait before a call that failed is made again
 START_SECONDS = 2.0  # after a start, in which no lease is ended: others may just have lost Redis, too
-CALM_SECONDS = 6.0  # after Redis was away or its clock jumped: by then every living instance has renewed
+RENEWED_SECONDS = 6.0  # by then every living instance has renewed, after Redis was away or its clock jumped
 CLOCK_SLACK_SECONDS = 1.0  # by which Redis's clock may be ahead of where it is expected
 UNKNOWN_TYPE_SECONDS = 2.0  # after which another instance may know the type of a job
 LISTEN_SECONDS = 5.0  # after which a listener asks again, in case that its connection is dead
-QUIET_SECONDS = 10.0  # how long nothing more is said of refusals, after one was logged
+REFUSAL_SECONDS = 10.0  # after one refusal was logged, before another one is
 TRACEBACK_MOST = 8000  # characters that are kept, half of them from either end
-OUR_FRAMES = ("run_handler", "to_thread_run_sync", "Error.unwrap")  # above a handler's, in a traceback
+SERVICE_FRAMES = ("run_handler", "to_thread_run_sync", "Error.unwrap")  # above a handler's, in a traceback
 
 
 class Pool:
@@ -1212,7 +1186,7 @@ class Pool:
     def refused(self, error: redis.RedisError) -> None:
         """Log what Redis refuses, but not all the time; that it is away is for the pipeline to say."""
         if isinstance(error, redis.ResponseError) and trio.current_time() >= self.log_refusals_from:
-            self.log_refusals_from = trio.current_time() + QUIET_SECONDS
+            self.log_refusals_from = trio.current_time() + REFUSAL_SECONDS
             log.error("Redis refused: %s", error)
 
 
@@ -1225,7 +1199,7 @@ def describe(error: BaseException) -> tuple[str, str, list[BaseException]]:
         parts = [each for each in parts if not issubclass(type(each), BaseExceptionGroup)][:5]
         text = "; ".join("".join(traceback.format_exception_only(each)).strip() for each in parts)[:2000]
         begin = error.__traceback__
-        while begin and begin.tb_next and begin.tb_frame.f_code.co_qualname.startswith(OUR_FRAMES):
+        while begin and begin.tb_next and begin.tb_frame.f_code.co_qualname.startswith(SERVICE_FRAMES):
             begin = begin.tb_next
         frames = "".join(traceback.format_exception(type(error), error, begin))
     half = TRACEBACK_MOST // 2
@@ -1305,15 +1279,17 @@ async def occupy_worker(pool: Pool, claim: Claim) -> None:
     pool.ring()
 
 
-async def step(pool: Pool, name: str, number: int, reports: list[Report], room: int) -> Any:
+async def step(
+    pool: Pool, name: str, number: int, reports: list[Report], room: int
+) -> tuple[list[Claim], int]:
     """Report and claim, again and again until Redis answers; the claims, and how many jobs are left.
 
     When the pool is stopping, a claim is given up once it fails, and a report at the end of the grace.
     """
+    lease = pool.settings.lease_seconds
     while True:
         try:  # with the same number each time: if a reply was lost, the next one has the same jobs
-            lease = pool.settings.lease_seconds
-            accepted, *answer = await pool.store.step(name, number, reports, room, lease)
+            accepted, claims, left = await pool.store.step(name, number, reports, room, lease)
             break
         except redis.RedisError as error:
             pool.refused(error)
@@ -1327,24 +1303,26 @@ async def step(pool: Pool, name: str, number: int, reports: list[Report], room: 
             log.warning("job %s: report refused: it comes too late", report.claim.id)
         elif report.transition in ("complete", "fail"):
             pool.answer_waiters(report.claim.id)
-    return answer
+    return claims, left
 
 
 async def dispatch(pool: Pool, name: str, attempts: trio.Nursery) -> None:
     """Claim jobs, start an attempt of each, and report those that have ended, until the pool is done."""
-    left = 0
+    may_claim = False  # whether there may be jobs in the queue
     for number in itertools.count(1):
-        while not (pool.reports or (left and pool.can_claim())):
+        while not (pool.reports or (may_claim and pool.can_claim())):
             if pool.stopping.is_set() and pool.free == pool.settings.workers:
                 pool.ring()  # for the other dispatcher
                 return
             await pool.bell.receive()
-            left = 1  # perhaps
+            may_claim = True
         reports, pool.reports = pool.reports, []
+        # At most half of the workers, so that there is something for the other dispatcher, too.
         room = min(pool.free, max(1, pool.settings.workers // 2)) if pool.can_claim() else 0
         pool.free -= room
         claims, left = await step(pool, name, number, reports, room)
         pool.free += room - len(claims)
+        may_claim = left > 0
         for claim in claims:
             attempts.start_soon(occupy_worker, pool, claim)
 
@@ -1367,9 +1345,9 @@ async def keep_house(pool: Pool) -> None:
 
     A sweep ends leases only if Redis's clock is where this instance expects it. Otherwise the command came
     late, the machine slept or somebody set the clock; or Redis was away. Then no lease is ended for
-    CALM_SECONDS, in which every living instance renews its own.
+    RENEWED_SECONDS, in which every living instance renews its own.
     """
-    renew_at, calm_from = -math.inf, trio.current_time() + START_SECONDS
+    renew_at, end_leases_from = -math.inf, trio.current_time() + START_SECONDS
     redis_time, told_at, limits = NO_LIMIT, 0.0, (pool.settings.retention_seconds, pool.settings.keep_jobs)
     while True:
         wake_at = trio.current_time() + TICK_SECONDS
@@ -1378,18 +1356,18 @@ async def keep_house(pool: Pool) -> None:
                 renew_at = trio.current_time() + RENEW_SECONDS
                 await renew_leases(pool)
             expected = redis_time + 1000 * (trio.current_time() - told_at + CLOCK_SLACK_SECONDS)
-            found = await pool.store.sweep(*limits, expected if trio.current_time() >= calm_from else 0)
+            found = await pool.store.sweep(*limits, expected if trio.current_time() >= end_leases_from else 0)
             if found.now > expected:
-                calm_from = trio.current_time() + CALM_SECONDS
+                end_leases_from = trio.current_time() + RENEWED_SECONDS
             redis_time, told_at = found.now, trio.current_time()
             wake_at = min(wake_at, told_at + max(SWEEP_PAUSE_SECONDS, found.wait))
             for ended in found.ended:
                 log.warning("job %s: its worker is gone: %s, attempt %s; now it is %s", *ended)
-            if found.ready and pool.can_claim():
+            if found.ready:
                 pool.ring()
         except redis.RedisError as error:
             pool.refused(error)
-            calm_from = trio.current_time() + CALM_SECONDS
+            end_leases_from = trio.current_time() + RENEWED_SECONDS
         wake_at = max(wake_at, trio.current_time())
         await trio.sleep_until(wake_at)
         if (late := trio.current_time() - wake_at) > pool.settings.lease_seconds / 2:
@@ -1439,8 +1417,8 @@ current_pool = cast(Pool, LocalProxy(lambda: current_app.config["POOL"]))  # of 
 class Query(msgspec.Struct):
     """The parameters that there are in addresses."""
 
-    status: Annotated[str, Meta(pattern=f"^({'|'.join(Status)})$")] = ""
-    cursor: Annotated[str, Meta(pattern="^[0-9]{0,16}$")] = ""
+    status: Annotated[str, Meta(pattern=rf"\A({'|'.join(Status)})\Z")] = ""
+    cursor: Annotated[str, Meta(pattern=r"\A[0-9]{0,16}\Z")] = ""
     limit: Annotated[int, Meta(ge=1, le=1000)] = 0
     wait: Annotated[float, Meta(ge=0, le=30)] = 0  # seconds
 
@@ -1607,8 +1585,7 @@ async def submit() -> ResponseReturnValue:
     jobs = list(parse_jobs(body, pool.settings))
     key, fingerprint = parse_key(request.headers.getlist("Idempotency-Key"), body)
     ids = await pool.store.submit(jobs, key, fingerprint, asks_others=not pool.can_claim())
-    if pool.can_claim():
-        pool.ring()
+    pool.ring()
     if ids is None:
         abort(422, "this Idempotency-Key was used for another request")
     if body.lstrip().startswith(b"["):
@@ -1624,6 +1601,7 @@ async def wait_until_finished(pool: Pool, job_id: str, seconds: float) -> None:
         while not pool.stopping.is_set() and await pool.store.status(job_id) not in (None, *FINISHED):
             with trio.move_on_after(LOOK_AGAIN_SECONDS):
                 await is_finished.wait()
+                return
 
 
 @api.get("/job/<job_id>")
@@ -1649,7 +1627,7 @@ async def cancel(job_id: str) -> ResponseReturnValue:
 @api.get("/")
 async def home() -> ResponseReturnValue:
     """Leads to the page; and tells a probe, which needs no token, whether Redis is there."""
-    await current_pool.store.ping()
+    await current_pool.store.status("")
     return redirect("jobs")
 
 
@@ -1729,7 +1707,8 @@ class Client:
         self._stream = stream
         self._turn = trio.Lock()  # to send: the reading task says "100 Continue" while an answer may begin
         self._scope = trio.CancelScope()  # around all that the connection does
-        # Around the reading of requests. Its deadline is finite while none is under way, and only then.
+        # Around the reading of requests; it is cancelled by its deadline, which is finite while none is under
+        # way, by `_send` after the last answer, or by a shutdown.
         self.reading = trio.CancelScope(deadline=trio.current_time() + IDLE_CLIENT_SECONDS)
         self._is_answered = False  # whether the last answer was sent, perhaps to a request still being sent
 
@@ -1742,14 +1721,13 @@ class Client:
                     protocol = make_protocol(tasks, ConnectionState(cast(Any, {})), False, *ends, self._send)
                     protocol.connection = OnlyHTTP11(h11.SERVER, hypercorn.Config.h11_max_incomplete_size)
                     with self.reading:
-                        data: bytes | bytearray = b"-"
-                        while data:  # the end of the input, too: some clients send it behind a request
-                            data = await self._stream.receive_some(65_536)
+                        async for data in self._stream:
                             await protocol.handle(RawData(bytes(data)))
+                        await protocol.handle(RawData(b""))  # half-closed: the last request is answered
                     if self._is_answered:
                         await self._stream.send_eof()
                         with trio.move_on_after(LINGER_SECONDS):
-                            while await self._stream.receive_some(65_536):
+                            async for _ in self._stream:
                                 pass
                     if self.reading.cancel_called:
                         self._scope.cancel()
@@ -1847,10 +1825,10 @@ def stop_on_signals(pool: Pool) -> None:
             if signals and now < signals[0] + SIGNALS_ARE_ONE_SECONDS:
                 return
             signals.append(now)
-            end_process(grace + EXIT_SECONDS, 0)
             text = "%s: stopping; running jobs have %g s to finish"
             call_soon(log.info, text, signal.Signals(number).name, grace)
             call_soon(pool.stop, now + grace)
+            end_process(grace + EXIT_SECONDS, 0)  # last, since there may be no thread left for its timer
 
     for number in SIGNALS:
         if number in SIGNALS[:2] or signal.getsignal(number) != signal.SIG_IGN:  # which nohup makes of SIGHUP
@@ -1862,8 +1840,9 @@ async def serve(settings: Settings, sockets: Sequence[socket.socket], resources:
 
     1. accept nothing more; the requests under way are answered;
     2. attempts finish and are reported, their leases still being renewed;
-    3. when the grace is over, or at a second signal, what still runs is cancelled and released;
-    4. the last commands reach Redis.
+    3. when the grace is over, or at a second signal, what still runs is cancelled and released (but a thread
+       cannot be cancelled: its job comes back when its lease ends);
+    4. when all reports have been answered or given up, the connections to Redis are closed.
     """
     url, run = settings.redis_url, crash_on_bug
     transports = [RedisConnection(url).exchange for _ in range(CONNECTIONS)] if url else [memory()]
@@ -1892,7 +1871,9 @@ async def serve(settings: Settings, sockets: Sequence[socket.socket], resources:
                     work.start_soon(run, dispatch, pool, f"{pool.instance}:{name}", work)
                 try:
                     await pool.stopping.wait()
-                except trio.Cancelled:  # also if a handler has broken its task: see `crash_on_bug`
+                except (
+                    trio.Cancelled
+                ):  # by what fails outside of `crash_on_bug`: a handler that broke its task
                     end_process(REPLY_SECONDS + EXIT_SECONDS, 1)
                     raise
             background.cancel_scope.cancel()
@@ -1903,10 +1884,7 @@ async def serve(settings: Settings, sockets: Sequence[socket.socket], resources:
 
 
 class OneLine(logging.Formatter):
-    """Each entry is one line, and names the job whose handler said it.
-
-    Nothing that is logged, wherever it comes from, can look like another line, or command a terminal.
-    """
+    """Each entry is one line that names its job. It cannot look like another line, or command a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         time = datetime.fromtimestamp(record.created, UTC).isoformat(" ", "milliseconds")[:-6]
@@ -1958,11 +1936,7 @@ def open_sockets(settings: Settings) -> list[socket.socket]:
 
 
 def main(resources: Resources = None) -> None:
-    """Read the settings, listen, serve.
-
-    `resources` is what handlers share, such as a pool of connections: it is entered before the first job, and
-    left after the last.
-    """
+    """Read the settings, listen, serve. What handlers share, `resources`, is entered before the first job."""
     settings = Settings.read(sys.argv[1:], os.environ)
     set_up_process(settings.log_level)
     if settings.smtp_url:

@@ -432,12 +432,12 @@ async def test_a_lost_command_is_sent_again_to_a_redis_that_knows_no_script(nurs
         record.append(commands[0][0])
         if len(record) == 1:
             raise redis.ConnectionError("Redis closed the connection")
-        return [[1, 0, -1, []] if b"SCRIPT" in record else redis.exceptions.NoScriptError("NOSCRIPT")]
+        return [[1, 0, -1, []] if b"EVAL" in record else redis.exceptions.NoScriptError("NOSCRIPT")]
 
     pipeline, record = AutoPipeline(transport), list[Any]()
     nursery.start_soon(pipeline.run)
     assert await Store(pipeline).sweep() == (1, 0, math.inf, [])
-    assert record == [b"EVALSHA", b"EVALSHA", *[b"SCRIPT"] * len(jobqueue.SCRIPTS), b"EVALSHA"]
+    assert record == [b"EVALSHA", b"EVALSHA", b"EVAL"]
 
 
 # ── Store: each test on fakeredis and on a real Redis ───────────────────────────────────────────
@@ -1490,7 +1490,7 @@ async def test_a_post_asks_other_instances_only_if_nobody_is_free_here(
     pool = service.set_up(workers=workers)
     await service.post(GOOD)
     assert service.bench.client.llen(PREFIX + "wake") == wakes
-    assert pool.bell.statistics().current_buffer_used == 1 - wakes
+    assert pool.bell.statistics().current_buffer_used == 1  # also for a worker that is free in a moment
 
 
 @pytest.mark.parametrize("delay", [0, 60])
