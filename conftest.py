@@ -87,6 +87,7 @@ class RedisServer:
         fixed = f"--bind 127.0.0.1 --port {self.port} --dir {self.folder} --logfile redis.log --save"
         self.process = subprocess.Popen(["redis-server", *fixed.split(), "", *self.options])
         eventually(self.answers, "redis-server answers")
+        assert self.client.info("server")["process_id"] == self.process.pid, "another server has its port"
 
     def answers(self) -> bool:
         with contextlib.suppress(redis.ConnectionError):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import gc
-import logging
 import multiprocessing
 import os
 import signal
@@ -22,9 +20,7 @@ import trio
 import jobqueue
 from jobqueue import handler
 
-log = logging.getLogger("of.a.handler")
 client: Any = redis.Redis.from_url(os.environ.get("DIRECT_URL") or os.environ["REDIS_URL"])
-colour = contextvars.ContextVar("colour", default="none")
 # Three by default, since a pause of the machine must not cut a release short.
 jobqueue.EXIT_SECONDS = float(os.environ.get("EXIT_SECONDS", "3"))
 
@@ -49,68 +45,33 @@ async def gate(name: str) -> str:
     return str(os.getpid())
 
 
-@handler("again")
-async def again() -> None:
-    if jobqueue.job().attempt == 1:
-        raise ValueError("once more")
-
-
 @handler("child")
 async def wait_for_child(how: str) -> None:
     "A process of its own, which a Ctrl+C in the terminal reaches, too."
     client.rpush("arrived", how)
-    if how == "Trio":
-        await trio.run_process(["sleep", "30"])
-    elif how == "a thread":
+    if how == "a thread":
         await trio.to_thread.run_sync(lambda: subprocess.run(["sleep", "30"], check=True))
-    else:
-        with contextlib.suppress(subprocess.CalledProcessError):
-            await trio.run_process(["sleep", "30"])
-        raise jobqueue.Unrecoverable("no use")
+    with contextlib.suppress(*[subprocess.CalledProcessError] if how == "no use" else []):
+        await trio.run_process(["sleep", "30"])
+    raise jobqueue.Unrecoverable(how)
 
 
 # ── What a handler raises ───────────────────────────────────────────────────────────────────────
 
 
-class Own(BaseException):
-    pass
+def exits(*_arguments: Any) -> NoReturn:
+    sys.exit("by a method of the error")
 
 
-class Unspeakable(Exception):  # noqa: N818
-    def __str__(self) -> str:
-        raise ValueError("no words")
+def error(name: str, base: type[BaseException] = Exception, **members: Any) -> Callable[..., BaseException]:
+    return type(name, (base,), members)
 
 
-class Masked(Exception):  # noqa: N818
-    __class__ = property(lambda self: sys.exit("its class"))
-
-
-class Closed(Exception):  # noqa: N818
-    def __getattribute__(self, name: str) -> Any:
-        raise SystemExit(name)
-
-
-class Falsy(Exception):  # noqa: N818
-    def __bool__(self) -> bool:
-        raise SystemExit("its truth")
-
-
-class Sealed(ExceptionGroup[Exception]):
-    exceptions = property(lambda self: sys.exit("its exceptions"))
-
-
-def deep() -> Exception:
-    error: Exception = ValueError("at the bottom")
-    for _ in range(5000):
-        error = ExceptionGroup("deep", [error])
-    return error
-
-
-RAISED: dict[str, Callable[[], BaseException]] = {  # by a pattern that the error of the job must have
+Own = error("Own", BaseException)
+Sealed = error("Sealed", ExceptionGroup, exceptions=property(exits))
+# By a pattern that the error of the job must have; more of them are in test_jobqueue.py.
+RAISED: dict[str, Callable[[], BaseException]] = {
     "asyncio.*CancelledError$": asyncio.CancelledError,
-    "GeneratorExit": GeneratorExit,
-    "KeyboardInterrupt": KeyboardInterrupt,
-    "SystemExit$": SystemExit,
     "SystemExit: 0": lambda: SystemExit(0),
     "StopIteration": StopIteration,
     "StopAsyncIteration": StopAsyncIteration,
@@ -118,14 +79,11 @@ RAISED: dict[str, Callable[[], BaseException]] = {  # by a pattern that the erro
     "Own.*KeyError.*Exit": lambda: BaseExceptionGroup(
         "", [Own(), BaseExceptionGroup("", [KeyError(), SystemExit()])]
     ),
-    "at the bottom": deep,
-    "Unspeakable": Unspeakable,
-    "Masked": Masked,
+    "Masked": error("Masked", __class__=property(exits)),
     "Sealed|KeyError": lambda: Sealed("sealed", [KeyError()]),
-    "Closed, which cannot be shown": Closed,
-    "Falsy": Falsy,
+    "Closed, which cannot be shown": error("Closed", __getattribute__=exits),
+    "Falsy": error("Falsy", __bool__=exits),
     "ValueError: xxx": lambda: ValueError("x" * 10_000_000),
-    r"ValueError: \\ud800": lambda: ValueError("\ud800"),
     "forged": lambda: ValueError("a\r\n\x1b[2J2000-01-01 00:00:00.000 INFO    forged\nforged\x00"),
 }
 
@@ -140,10 +98,6 @@ async def stray() -> Any:
             return cancelled
 
 
-async def cancelled_in_asyncio() -> NoReturn:
-    raise asyncio.CancelledError
-
-
 @handler("raised")
 async def list_raised() -> list[str]:
     return list(RAISED)
@@ -156,35 +110,15 @@ async def raise_async(what: str) -> None:
 
 @handler("raise-def")
 def raise_def(what: str) -> None:
+    async def cancelled_in_asyncio() -> None:
+        raise asyncio.CancelledError
+
     if what == "CancelledError":
         asyncio.run(cancelled_in_asyncio())
     raise trio.from_thread.run(stray) if what == "Cancelled" else RAISED[what]()
 
 
 # ── What a handler leaves behind ────────────────────────────────────────────────────────────────
-
-
-async def impatient() -> AsyncIterator[int]:
-    with trio.move_on_after(0.05):
-        yield 1
-        await trio.sleep_forever()
-
-
-@handler("leave")
-async def leave(what: str) -> int:
-    "Leaves something open behind."
-    if what == "generator":
-        async for x in impatient():
-            return x
-    if what == "nursery":
-        (await trio.open_nursery().__aenter__()).start_soon(trio.sleep_forever)
-        return 1
-    scope = trio.CancelScope(shield=what == "shielded scope").__enter__()
-    if what == "cancelled scope":
-        scope.cancel()
-    if what == "scope with a deadline":
-        scope.deadline = trio.current_time() + 0.05
-    return 1
 
 
 async def pages(holds: str) -> AsyncIterator[int]:
@@ -199,6 +133,19 @@ async def pages(holds: str) -> AsyncIterator[int]:
                 yield 2
             finally:
                 client.rpush("closed", holds)
+
+
+@handler("leave")
+async def leave(what: str) -> None:
+    "Leaves a scope open behind."
+    if what == "nursery":
+        (await trio.open_nursery().__aenter__()).start_soon(trio.sleep_forever)
+        return
+    scope = trio.CancelScope(shield=what == "shielded scope").__enter__()
+    if what == "cancelled scope":
+        scope.cancel()
+    if what == "scope with a deadline":
+        scope.deadline = trio.current_time() + 0.05
 
 
 @handler("abandon")
@@ -223,26 +170,6 @@ async def abandon(holds: str, end: str) -> int:
     return 1
 
 
-@handler("colour")
-async def set_colour(new: str) -> list[str]:
-    "The colour that was found; and those that a child and a thread of this job see."
-    found: list[str] = []
-
-    def look(where: str) -> None:
-        log.warning("in a %s", where)
-        found.append(colour.get())
-
-    async def child() -> None:
-        look("child")
-
-    look("task")
-    colour.set(new)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(child)
-    await trio.to_thread.run_sync(look, "thread")
-    return found
-
-
 # ── What a handler does to its process ──────────────────────────────────────────────────────────
 
 
@@ -260,16 +187,15 @@ async def break_trio() -> None:
     await trio.sleep(0.1)
 
 
-def say_and_sleep(ready: Any) -> None:
-    ready.set()
-    time.sleep(600)
-
-
 @handler("fork")
 def fork() -> int | None:
+    def say_and_sleep() -> None:
+        ready.set()
+        time.sleep(600)
+
     context = multiprocessing.get_context("fork")
     ready = context.Event()  # Python forgets a signal that comes while it sets up a fork
-    child = context.Process(target=say_and_sleep, args=(ready,))
+    child = context.Process(target=say_and_sleep)
     child.start()
     ready.wait()
     child.terminate()
@@ -280,15 +206,9 @@ def fork() -> int | None:
 @handler("threads")
 async def threads(count: int) -> None:
     "Takes threads of Trio's until the test lets them go on."
-
-    def wait() -> None:
-        client.incr("waiting")
-        while not client.get("open:threads"):
-            time.sleep(0.05)
-
     async with trio.open_nursery() as nursery:
         for _ in range(count):
-            nursery.start_soon(trio.to_thread.run_sync, wait)
+            nursery.start_soon(trio.to_thread.run_sync, occupy, "threads")
 
 
 @handler("block")
@@ -335,13 +255,6 @@ def poll(name: str) -> None:
         client.rpush("left", name)
 
 
-if os.environ.get("KNOWS_MORE"):
-
-    @handler("new")
-    async def new() -> None:
-        await trio.sleep(0.01)
-
-
 if os.environ.get("BUGGY"):
     sweep = jobqueue.Store.sweep
 
@@ -356,6 +269,4 @@ if os.environ.get("BUGGY"):
 
 if __name__ == "__main__":
     os.setpgrp()  # as a terminal does with what it starts: a Ctrl+C reaches this and its children
-    if os.environ.get("NOHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     jobqueue.main()

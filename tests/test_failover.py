@@ -1,13 +1,10 @@
-"""A primary that moves, behind a proxy, under sentinels, in a cluster; one that will not; and addresses."""
+"""A primary that moves, behind a proxy, under sentinels, in a cluster."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,20 +13,8 @@ from typing import Any
 import pytest
 import redis
 
-from conftest import MODULE, PREFIX, Program, RedisServer, eventually, free_port, missing
-from test_faults import (
-    APPEND,
-    Lab,
-    Load,
-    OwnRedis,
-    Proxy,
-    Start,
-    all_completed,
-    outcome,
-    post,
-    stops,
-    submit_all,
-)
+from conftest import PREFIX, Program, RedisServer, eventually, free_port, missing
+from test_faults import Lab, Load, OwnRedis, Proxy, Start, all_completed, stops
 
 SECRET = "s3cr:t/@%"  # as it stands in a URL, which has it percent-encoded:
 ENCODED = "s3cr%3At%2F%40%25"
@@ -79,15 +64,15 @@ def is_left(server: RedisServer) -> bool:
 def goes_on_after(switch: Callable[[], None], program: Program, pair: Pair) -> None:
     """By itself, and with every job that the replica had or the new primary accepted."""
     primary, replica = pair
-    before = Load(lambda: program.port)
+    before = Load([program])
     before.go_on(100)
     accepted = before.finish()
     primary.client.set("mark", "after what was accepted")
     assert primary.client.wait(1, 30_000) == 1
-    across = Load(lambda: program.port)
+    across = Load([program])
     across.go_on(1)
     switch()
-    after = Load(lambda: program.port)
+    after = Load([program])
     after.go_on(100)
     eventually(lambda: is_left(primary), "the service has left the old primary")
     across.finish()
@@ -168,51 +153,32 @@ def sentinels(tmp_path: Path, pair: Pair) -> Iterator[Sentinels]:
         sentinel.kill()
 
 
-def sentinel_url(sentinels: list[Sentinel], login: str = "") -> str:
-    hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in sentinels)
-    return f"redis+sentinel://{login}{hosts}/mymaster/0"
-
-
-def fail_over(sentinel: Sentinel, pair: Pair) -> None:
-    """Have the two change places; the old primary lives, and accepts writes until it is told."""
-    primary, replica = pair
-    tell(sentinel, "SENTINEL FAILOVER", "mymaster")
-    eventually(lambda: is_primary(replica), "the replica is promoted")
-    eventually(lambda: not is_primary(primary), "the old primary follows it")
-
-
-@pytest.mark.parametrize("how", ["asked to", "killed", "one sentinel is gone"])
+@pytest.mark.parametrize(
+    ("how", "password", "data_password"),
+    [("killed", "", ""), ("asked, and a sentinel is gone", "", SECRET), ("asked", SECRET, SECRET)],
+)
 def test_when_sentinels_move_the_primary_the_service_follows(
-    lab: Lab, pair: Pair, sentinels: Sentinels, how: str
+    lab: Lab, pair: Pair, sentinels: Sentinels, how: str, password: str, data_password: str
 ) -> None:
     primary, replica = pair
-    watching = sentinels()
-    if how == "one sentinel is gone":
-        watching[0].kill()
-    program = lab.start(url=sentinel_url(watching))
-
-    def switch() -> None:
-        if how == "killed":
-            primary.kill()
-            eventually(lambda: is_primary(replica), "the replica is promoted")
-        else:
-            fail_over(watching[-1], pair)
-
-    goes_on_after(switch, program, pair)
-
-
-@pytest.mark.parametrize("password", [SECRET, ""], ids=["of all", "of the data servers alone"])
-def test_the_password_of_a_sentinel_address_opens_the_primary(
-    lab: Lab, pair: Pair, sentinels: Sentinels, password: str
-) -> None:
-    for server in pair:
+    for server in pair[::-1] if data_password else ():
         server.client.config_set("masterauth", SECRET)
-    for server in pair:
         server.client.config_set("requirepass", SECRET)
         server.client = redis.Redis(port=server.port, password=SECRET, decode_responses=True)
-    watching = sentinels(password, SECRET)
-    program = lab.start(url=sentinel_url(watching, f":{ENCODED}@"))
-    goes_on_after(lambda: fail_over(watching[0], pair), program, pair)
+    watching = sentinels(password, data_password)
+    if how == "asked, and a sentinel is gone":
+        watching[0].kill()
+    hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in watching)
+    login = f":{ENCODED}@" if data_password else ""
+    program = lab.start(url=f"redis+sentinel://{login}{hosts}/mymaster/0")
+
+    def switch() -> None:
+        """The two change places; unless it is killed, the old primary accepts writes until it is told."""
+        primary.kill() if how == "killed" else tell(watching[-1], "SENTINEL FAILOVER", "mymaster")
+        eventually(lambda: is_primary(replica), "the replica is promoted")
+        eventually(lambda: how == "killed" or not is_primary(primary), "the old primary follows it")
+
+    goes_on_after(switch, program, pair)
     assert SECRET not in program.log
     assert ENCODED not in program.log
 
@@ -263,31 +229,18 @@ def keys_in(node: RedisServer, slot: int) -> int:
     return int(tell(node, "CLUSTER COUNTKEYSINSLOT", slot))
 
 
-def lists_its_jobs(program: Program) -> None:
-    eventually(lambda: program.call("GET", "/jobs?limit=1"), "it lists", lambda answer: answer[0] == 200)
-
-
-def test_any_node_of_a_cluster_leads_to_the_one_that_has_the_slot(
-    lab: Lab, cluster: list[RedisServer]
-) -> None:
-    slot: int = tell(cluster[0], "CLUSTER KEYSLOT", PREFIX)
-    for node in cluster:
-        program = lab.start(url=node.url)
-        load = Load(partial(int, program.port))
-        load.go_on(20)
-        all_completed(cluster[slot * 3 // SLOTS].client, load.finish())
-        lists_its_jobs(program)
-        stops(program)
-
-
-def test_a_slot_that_moves_under_load_takes_every_accepted_job_along(
+def test_each_node_leads_to_the_slot_and_its_move_under_load_takes_every_accepted_job_along(
     lab: Lab, cluster: list[RedisServer]
 ) -> None:
     slot: int = tell(cluster[0], "CLUSTER KEYSLOT", PREFIX)
     owner = slot * 3 // SLOTS
     source, target = cluster[owner], cluster[owner - 1]
-    program = lab.start(url=source.url)
-    load = Load(lambda: program.port)
+    programs = [lab.start(url=node.url) for node in (*cluster[:owner], *cluster[owner + 1 :], source)]
+    for each in programs:
+        load = Load([each])
+        load.go_on(20)
+        all_completed(source.client, load.finish())
+    load = Load(programs)
     load.go_on(100)
 
     def tried() -> int:
@@ -303,111 +256,7 @@ def test_a_slot_that_moves_under_load_takes_every_accepted_job_along(
     assert load.refused.keys() <= {503}
     all_completed(target.client, accepted)
     assert keys_in(source, slot) == 0
-    lists_its_jobs(program)
-    stops(program)
-
-
-# ── A Redis that is there, and will not ─────────────────────────────────────────────────────────
-
-
-def test_a_redis_that_is_loading_is_away_until_it_has_loaded(start: Start, own_redis: OwnRedis) -> None:
-    server = own_redis()
-    program = Lab(start, server).start()
-    accepted = {*submit_all(program, [APPEND] * 150)}
-    all_completed(server.client, accepted)
-    server.client.save()
-    server.kill()
-    eventually(lambda: program.logged("Redis is away"))
-    server.options = ("--key-load-delay", "10000", "--loading-process-events-interval-bytes", "1024")
-    starting = threading.Thread(target=server.start, daemon=True)  # loads 150 keys, 10 ms each
-    starting.start()
-    eventually(
-        lambda: str(post(program.port, APPEND)), "503, and why", lambda text: "loading" in text.lower()
-    )
-    assert not program.logged("Redis is back")
-    starting.join()
-    eventually(lambda: program.logged("Redis is back"))
-    assert outcome(program, program.submit("append", value=1)) == ("completed", 1)
-    all_completed(server.client, accepted)
-    stops(program)
-    assert [line.split()[5] for line in program.lines if " Redis is " in line] == ["away:", "back"], (
-        program.log
-    )
-
-
-def test_a_primary_that_lacks_replicas_is_503_with_the_reason_until_it_has_them(
-    lab: Lab, own_redis: OwnRedis
-) -> None:
-    server = own_redis()
-    program = lab.start(url=server.url)
-    running = program.submit("gate", name="a")
-    lab.names("arrived", 1)
-    server.client.config_set("min-replicas-to-write", "1")
-    status, answer = post(program.port, APPEND)
-    assert (status, "Not enough good replicas" in answer["error"]) == (503, True)
-    lab.client.set("open:a", 1)
-    lab.names("left", 1)  # its report must wait
-    server.client.config_set("min-replicas-to-write", "0")
-    eventually(lambda: post(program.port, APPEND), "jobs are accepted", lambda found: found[0] == 202)
-    assert outcome(program, running) == ("completed", 1)
-    all_completed(server.client, {running})
-    stops(program)
-
-
-# ── Addresses ───────────────────────────────────────────────────────────────────────────────────
-
-
-def test_who_logs_in_and_where_stands_in_the_address(
-    start: Start, own_redis: OwnRedis, tmp_path: Path
-) -> None:
-    server = own_redis("--unixsocket", str(tmp_path / "socket"))
-    tell(server, "ACL", "SETUSER", "app", "on", f">{SECRET}", "~{jobqueue:3}:*", "+@all")
-    tell(server, "ACL", "SETUSER", "free", "on", "nopass", "~*", "+@all")
-    tell(server, "CONFIG", "SET", "requirepass", SECRET)
-    server.client = redis.Redis(port=server.port, username="app", password=SECRET, decode_responses=True)
-    for url in (
-        f"redis://:{ENCODED}@127.0.0.1:{server.port}/1",
-        f"redis://app:{ENCODED}@127.0.0.1:{server.port}",
-        f"redis://app@127.0.0.1:{server.port}?password={ENCODED}",
-        f"redis://free@127.0.0.1:{server.port}/2",
-        f"unix://:{ENCODED}@{tmp_path}/socket?db=3",
-    ):
-        program = start(REDIS_URL=url)
-        assert program.ended(program.submit("math", a=1, b=2))["result"] == 3, url
-        stops(program)
-        assert SECRET not in program.log
-        assert ENCODED not in program.log
-
-
-@pytest.mark.parametrize(
-    ("where", "said"),
-    [
-        (":{0}@127.0.0.1:{1}", "AUTH"),
-        ("127.0.0.1:{1}?password={0}", "AUTH"),
-        ("127.0.0.1:{1}/99", "DB index"),
-    ],
-)
-def test_why_an_address_leads_nowhere_is_logged_and_answered_without_the_password(
-    start: Start, redis_server: RedisServer, where: str, said: str
-) -> None:
-    program = start(REDIS_URL="redis://" + where.format(ENCODED, redis_server.port))
-    eventually(lambda: program.logged(f"Redis is away: .*{said}"), f"{said} is said")
-    status, answer = program.call("GET", "/jobs")
-    assert (status, bool(re.search(said, answer["error"]))) == (503, True), answer
-    stops(program)
-    assert SECRET not in program.log
-    assert ENCODED not in program.log
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["redis://:{}/x@host", "redis://:{}@host:port", "redis+sentinel://:{}@", "http://:{}@host", ":{}@host"],
-)
-def test_an_address_that_cannot_be_read_is_an_error_in_one_line_without_the_password(url: str) -> None:
-    command = [sys.executable, str(MODULE), "--port", "0", "--redis-url", url.format("geheim")]
-    ended = subprocess.run(
-        command, cwd=MODULE.parent, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
-    assert "REDIS_URL" in ended.stderr
-    assert "geheim" not in ended.stderr
+    for program in programs:
+        look = partial(program.call, "GET", "/jobs?limit=1")
+        eventually(look, "it lists", lambda answer: answer[0] == 200)
+    stops(*programs)

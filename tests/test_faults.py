@@ -21,19 +21,19 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-import jobqueue
 from conftest import (
     MODULE,
     PATIENCE_SECONDS,
     PREFIX,
     SETS,
+    Bench,
     Program,
     RedisServer,
     eventually,
@@ -44,9 +44,8 @@ from conftest import (
 Start = Callable[..., Program]
 OwnRedis = Callable[..., RedisServer]
 FAULTY = Path(__file__).with_name("faulty.py")
-ROUNDS = int(os.environ.get("SOAK_ROUNDS", "6"))
+ROUNDS = int(os.environ.get("SOAK_ROUNDS", "4"))
 APPEND = {"job_type": "append", "payload": {"value": 1}}
-AGAIN = {"job_type": "again", "payload": {}, "max_retries": 9}
 SHORT = {"job_type": "long", "payload": {"seconds": 0.2}}
 GATE = {"job_type": "gate", "payload": {"name": "a"}}
 
@@ -55,23 +54,13 @@ class Lab:
     """A Redis, and programs with the handlers of faulty.py and short leases; `books`: where those write."""
 
     def __init__(self, start: Start, server: RedisServer, books: RedisServer | None = None) -> None:
-        self.server, self.url, self.books = server, server.url, books or server
-        self._start = start
-
-    @property
-    def client(self) -> Any:
-        return self.server.client
+        self.server, self.books, self._start = server, books or server, start
+        self.client: Any = server.client
 
     def start(self, *flags: str, url: str = "", **settings: str) -> Program:
-        environ = {
-            "REDIS_URL": url or self.url,
-            "DIRECT_URL": self.books.url,
-            "PYTHONPATH": str(MODULE.parent),
-        }
-        return self._start("--lease-seconds", "2", *flags, module=FAULTY, **environ | settings)
-
-    def tell(self, *command: str | int) -> Any:
-        return self.client.execute_command(*command)
+        settings |= {"REDIS_URL": url or self.server.url, "DIRECT_URL": self.books.url}
+        beside = {"PYTHONPATH": str(MODULE.parent)}
+        return self._start("--lease-seconds", "2", *flags, module=FAULTY, **settings | beside)
 
     def status_of(self, job_id: str) -> Any:
         return self.client.hget(f"{PREFIX}job:{job_id}", "status")
@@ -97,19 +86,15 @@ def lab(start: Start, redis_server: RedisServer) -> Lab:
     return Lab(start, redis_server)
 
 
-def submit(program: Program, job_type: str, payload: dict[str, Any] | None = None, **options: Any) -> str:
-    """Submit a job, with no retries unless `options` say so; its id."""
-    new = {"job_type": job_type, "payload": payload or {}, "max_retries": 0} | options
-    status, answer = program.call("POST", "/job", new)
-    assert status == 202, answer
-    return str(answer["id"])
-
-
 def submit_all(program: Program, jobs: list[dict[str, Any]]) -> list[str]:
     """Submit jobs in one array, with no retries unless they say so; their ids."""
     status, answer = program.call("POST", "/job", [{"max_retries": 0} | job for job in jobs])
     assert status == 202, answer
     return [job["id"] for job in answer]
+
+
+def submit(program: Program, job_type: str, payload: dict[str, Any] | None = None, **options: Any) -> str:
+    return submit_all(program, [{"job_type": job_type, "payload": payload or {}} | options])[0]
 
 
 def outcome(program: Program, job_id: str) -> tuple[str, int]:
@@ -140,30 +125,10 @@ def stops(*programs: Program, number: int = signal.SIGTERM) -> None:
     assert time.monotonic() - begun < 30, programs[0].log
 
 
-SNAPSHOT = """
-local jobs, places = {}, {redis.call('LRANGE', KEYS[1] .. 'queue', 0, -1)}
-for i, key in ipairs(redis.call('KEYS', KEYS[1] .. 'job:*')) do
-  jobs[i] = {string.sub(key, #KEYS[1] + 5), redis.call('HGETALL', key)}
-end
-for i, name in ipairs(ARGV) do places[i + 1] = redis.call('ZRANGE', KEYS[1] .. name, 0, -1) end
-return {jobs, places}
-"""
-
-
 def check(client: Any, ids: set[str] | None = None) -> dict[str, dict[str, str]]:
     """Every job is whole, and where its status says, once; the jobs, by id. `ids` must be among them."""
-    rows, members = client.eval(SNAPSHOT, 1, PREFIX, *SETS)
-    jobs = {job_id: dict(zip(values[::2], values[1::2], strict=True)) for job_id, values in rows}
-    places = dict(zip(["queue", *SETS], members, strict=True))
-    by_status = dict[str, set[str]]()
-    for status in jobqueue.Status:
-        by_status[status] = {job_id for job_id, job in jobs.items() if job["status"] == status}
-        assert by_status[status] == {*places[status]}, status
-    waiting = [each for each in places["queue"] + places["delayed"] if each in by_status["pending"]]
-    assert Counter(waiting) == Counter(by_status["pending"]), "one that waits is nowhere, or twice"
-    assert by_status["processing"] == {each for each in places["leases"] if each in by_status["processing"]}
-    assert {*places["finished"]} == by_status["completed"] | by_status["failed"]
-    assert {*places["jobs"]} == jobs.keys()
+    bench = Bench(cast(Any, None), client)
+    jobs = {job_id: bench.job(job_id) for place in bench.places().values() for job_id in place}
     for job_id, job in jobs.items():
         assert {"job_type", "payload", "max_retries", "timeout", "created_at", "number"} <= job.keys(), job_id
         assert int(job["attempts"]) <= int(job["max_retries"]) + 1, job
@@ -187,20 +152,12 @@ def all_completed(client: Any, ids: set[str] | None = None) -> dict[str, dict[st
     return jobs
 
 
-def post(port: int, body: Any) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    with contextlib.closing(connection):
-        connection.request("POST", "/job", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-
-
 class Load(threading.Thread):
-    """Submits `append` jobs one after the other, and remembers which were answered 202."""
+    """Submits `append` jobs to the last program, and remembers which were answered 202."""
 
-    def __init__(self, port: Callable[[], int], pause: float = 0.002) -> None:
+    def __init__(self, programs: list[Program], pause: float = 0.002) -> None:
         super().__init__(daemon=True)
-        self.port, self.pause = port, pause
+        self.programs, self.pause = programs, pause
         self.accepted: set[str] = set()
         self.refused: Counter[int] = Counter()
         self.done = threading.Event()
@@ -212,7 +169,7 @@ class Load(threading.Thread):
                 return
             body = {"job_type": "append", "payload": {"value": value}, "max_retries": 100}
             with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-                status, answer = post(self.port(), body)
+                status, answer = self.programs[-1].call("POST", "/job", body)
                 if status == 202:
                     self.accepted.add(answer["id"])
                 else:
@@ -251,15 +208,22 @@ def test_a_job_of_a_killed_process_is_run_by_another_one_or_at_the_next_start(la
     check(lab.client)
 
 
-def test_kills_at_random_moments_lose_nothing(lab: Lab) -> None:
-    program = lab.start()
-    load = Load(lambda: program.port)
+@pytest.mark.parametrize("by", ["kills", "shutdowns"])
+def test_kills_and_shutdowns_at_random_moments_lose_nothing(lab: Lab, by: str) -> None:
+    programs = [lab.start()]
+    load = Load(programs)
     for _ in range(ROUNDS):
         load.go_on(random.randrange(40))
-        program.kill()
-        program = lab.start()
-    all_completed(lab.client, load.finish())
-    stops(program)
+        if by == "kills":
+            programs[-1].kill()
+        else:
+            stops(programs[-1], number=random.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]))
+        programs.append(lab.start())
+    jobs = all_completed(lab.client, load.finish())
+    if by == "shutdowns":  # which count no attempt
+        assert {job["attempts"] for job in jobs.values()} == {"1"}
+        assert set(Counter(lab.names("appended")).values()) == {1}
+    stops(programs[-1])
 
 
 def test_a_job_that_kills_its_process_fails_in_the_end_and_the_queue_goes_on(lab: Lab) -> None:
@@ -283,11 +247,10 @@ def test_a_process_frozen_past_its_lease_can_change_nothing(lab: Lab) -> None:
     job_id = frozen.submit("gate", name="a")
     lab.names("arrived", 1)
     frozen.process.send_signal(signal.SIGSTOP)
-    other = lab.start()
+    other = lab.start("--lease-seconds", "30")  # which a pause of the machine does not end
     lab.names("arrived", 2)
     frozen.process.send_signal(signal.SIGCONT)
     eventually(lambda: frozen.logged(f"{job_id}: .*cancelled.* its lease was lost"), "it is told")
-    eventually(lambda: frozen.logged(r"the event loop stood still for \d"), "it is said")
     assert lab.names("left") == ["a"]  # the frozen one's `finally` ran, the other still runs
     lab.client.set("open:a", 1)
     job = other.ended(job_id)
@@ -295,36 +258,33 @@ def test_a_process_frozen_past_its_lease_can_change_nothing(lab: Lab) -> None:
     check(lab.client)
 
 
-def test_a_handler_that_blocks_the_event_loop_loses_its_job_and_is_named(lab: Lab) -> None:
+def test_a_handler_that_blocks_the_event_loop_loses_its_job(lab: Lab) -> None:
     blocked, api = lab.start(), lab.start("--workers", "0")
     job_id = api.submit("block", how="until it is run again")
     lab.runs(job_id)
-    other = lab.start()
-    assert other.ended(job_id)["result"] == "again"
-    eventually(lambda: blocked.logged(r"the event loop stood still for \d.* block"), "it is named")
+    assert lab.start().ended(job_id)["result"] == "again"
     eventually(lambda: blocked.logged(f"{job_id}: report refused"), "the late report is refused")
     assert check(lab.client)[job_id]["attempts"] == "2"
 
 
 def test_instances_that_share_a_port_run_each_job_exactly_once(lab: Lab) -> None:
     shared = ("--port", str(free_port()), "--reuse-port", "1", "--lease-seconds", "15")
-    instances = [lab.start(*shared) for _ in range(4)]
-    ids: set[str] = set()
-    for begin in range(0, 8000, 500):
+    instances, ids = [lab.start(*shared) for _ in range(4)], set[str]()
+    for begin in range(0, 4000, 500):
         jobs = [{"job_type": "append", "payload": {"value": n}} for n in range(begin, begin + 500)]
         ids |= set(submit_all(instances[0], jobs))
     all_completed(lab.client, ids)
-    assert Counter(map(int, lab.names("appended"))) == Counter(range(8000))
+    assert Counter(map(int, lab.names("appended"))) == Counter(range(4000))
     assert all(len(program.lines) > 100 for program in instances), "some instance had nothing to do"
     instances.pop().kill()  # the others go on at that port
-    eventually(lambda: program_answers(instances[0]), "it is served again")
+
+    def is_served() -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):  # what the killed one had accepted
+            return bool(instances[0].call("GET", "/jobs?limit=1")[0] == 200)
+        return False
+
+    eventually(is_served, "it is served again")
     stops(*instances)
-
-
-def program_answers(program: Program) -> bool:
-    with contextlib.suppress(OSError, http.client.HTTPException):  # what the killed one had accepted
-        return bool(program.call("GET", "/jobs?limit=1")[0] == 200)
-    return False
 
 
 # ── Redis that dies, freezes, forgets or is full ────────────────────────────────────────────────
@@ -335,7 +295,7 @@ DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 def test_redis_killed_under_load_loses_nothing_that_was_answered(start: Start, own_redis: OwnRedis) -> None:
     lab = Lab(start, own_redis(*DURABLE))
     program = lab.start()
-    load = Load(lambda: program.port)
+    load = Load([program])
     for _ in range(3):
         load.go_on(100)
         lab.server.kill()
@@ -349,7 +309,10 @@ def test_a_list_that_redis_cuts_short_is_seen_to_be_incomplete(start: Start, own
     program = lab.start("--workers", "0")
     for _ in range(20):
         submit_all(program, [APPEND] * 1000)
-    with sent(program, LIST, buffer=4096) as connection, http.client.HTTPResponse(connection) as response:
+    with socket.socket() as connection, http.client.HTTPResponse(connection) as response:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", program.port))
+        connection.sendall(b"GET /jobs HTTP/1.1\r\nHost: localhost\r\n\r\n")
         response.begin()
         lab.server.kill()
         eventually(lambda: program.logged("Redis is away"))
@@ -371,7 +334,7 @@ def test_jobs_outlast_a_redis_that_is_away_for_longer_than_their_lease(
     lab.server.kill() if fault == "gone" else lab.server.send_signal(signal.SIGSTOP)
 
     def is_refused() -> bool:
-        status, answer = post(program.port, APPEND)
+        status, answer = program.call("POST", "/job", APPEND)
         return status == 503 and "Redis cannot serve this now" in answer["error"]
 
     throughout(5, is_refused, "a POST is refused with the reason")
@@ -386,36 +349,9 @@ def test_jobs_outlast_a_redis_that_is_away_for_longer_than_their_lease(
     stops(program, other)
 
 
-def test_redis_out_of_memory_refuses_new_jobs_and_the_others_go_on(
-    start: Start, own_redis: OwnRedis, redis_server: RedisServer
-) -> None:
-    lab = Lab(start, own_redis(), books=redis_server)
-    program = lab.start("--workers", "1")
-    running = program.submit("gate", name="a")
-    lab.names("arrived", 1)
-    waiting, delayed = submit_all(program, [APPEND, APPEND | {"delay": 1}])
-    old = [submit(program, "append", {"value": n}, delay=60) for n in range(3, 6)]
-    lab.client.config_set("maxmemory", "1mb")
-    status, answer = post(program.port, APPEND)
-    assert (status, "maxmemory" in answer["error"]) == (503, True)
-    eventually(lambda: program.logged("Redis refused: .*maxmemory"))
-    lab.keeps_leases([running])
-    redis_server.client.set("open:a", 1)
-    for job_id in (running, waiting, delayed):
-        assert outcome(program, job_id) == ("completed", 1)
-    assert program.call("DELETE", f"/job/{old[0]}")[1]["error"] == "cancelled"
-    keeper = lab.start("--workers", "0", "--keep-jobs", "1")  # makes room
-    eventually(lambda: keeper.call("GET", f"/job/{running}")[0], "it is deleted", lambda code: code == 404)
-    assert check(lab.client).keys() == {*old}
-    stops(keeper)
-    lab.client.config_set("maxmemory", "0")
-    assert outcome(program, submit(program, "append", {"value": 6})) == ("completed", 1)
-    stops(program)
-
-
 def test_redis_emptied_under_load_is_no_crash(lab: Lab) -> None:
     program = lab.start()
-    load = Load(lambda: program.port)
+    load = Load([program])
     for _ in range(10):
         load.go_on(20)
         lab.client.flushall()
@@ -428,10 +364,10 @@ def test_a_key_of_the_wrong_type_is_a_clear_error_and_no_crash(lab: Lab) -> None
     program, client = lab.start(), lab.client
     for key in ("queue", "number", *SETS):
         client.delete(PREFIX + key)
-        lab.tell("RPUSH" if key == "number" else "SET", PREFIX + key, "something else's")
+        client.execute_command("RPUSH" if key == "number" else "SET", PREFIX + key, "something else's")
 
         def is_refused() -> bool:
-            answers = [post(program.port, APPEND), program.call("GET", "/jobs?limit=1")]
+            answers = [program.call("POST", "/job", APPEND), program.call("GET", "/jobs?limit=1")]
             return any(status == 503 and "WRONGTYPE" in answer["error"] for status, answer in answers)
 
         if key in ("delayed", "leases", "finished"):  # which a submission and a list do not need
@@ -444,45 +380,6 @@ def test_a_key_of_the_wrong_type_is_a_clear_error_and_no_crash(lab: Lab) -> None
         assert outcome(program, job_id) == ("completed", 1), key
     assert program.logged("Redis refused: .*WRONGTYPE")
     stops(program)
-
-
-# What the scripts call, and what is called without them; but what only damaged jobs and lost leases need.
-SCRIPTS = " ".join([jobqueue.LUA_COMMON, jobqueue.LUA_CLOCK, *jobqueue.SCRIPTS.values()])
-RIGHTS = {*re.findall(r"redis\.p?call\('([A-Z]+)'", SCRIPTS), "EVALSHA", "BLPOP", "HGET"} - {"HLEN", "RPUSH"}
-
-
-def test_any_right_may_be_taken_away_for_a_while_and_no_job_is_lost(lab: Lab) -> None:
-    lab.tell("ACL", "SETUSER", "app", "on", ">pw", "~*", "+@all")
-    options = ("--lease-seconds", "20", "--retry-delay-seconds", "0.05")
-    program = lab.start(*options, url=lab.url.replace("//", "//app:pw@"))
-    jobs = [APPEND, AGAIN, APPEND | {"delay": 0.05}, APPEND | {"delay": 600}]
-    accepted, deleted = set[str](), set[str]()
-    for right in sorted(RIGHTS):
-        lab.tell("ACL", "LOG", "RESET")
-        lab.tell("ACL", "SETUSER", "app", f"-{right}")
-
-        def is_denied(right: str = right) -> bool:
-            status, answer = post(program.port, jobs)
-            if status == 202:
-                *others, last = [job["id"] for job in answer]
-                accepted.update(others)
-                deleted.add(last)
-                for _ in range(2):
-                    program.call("DELETE", f"/job/{last}")
-            program.call("GET", "/jobs?limit=1")
-            program.call("GET", "/job/none?wait=0.01")
-            return right.lower() in [entry["object"] for entry in lab.client.acl_log()]
-
-        eventually(is_denied, f"{right} is denied")
-        lab.tell("ACL", "SETUSER", "app", f"+{right}")
-    for job_id in deleted:
-        eventually(partial(program.call, "DELETE", f"/job/{job_id}"), job_id, lambda answer: answer[0] == 404)
-    kept = all_completed(lab.client)
-    assert kept.keys() == accepted, "what was refused left something"
-    assert {(job["job_type"], job["attempts"]) for job in kept.values()} == {("append", "1"), ("again", "2")}
-    assert program.logged("Redis refused: .*permission")
-    stops(program)
-    lab.tell("ACL", "DELUSER", "app")
 
 
 # ── A network between the program and Redis ─────────────────────────────────────────────────────
@@ -536,7 +433,7 @@ def test_a_bad_network_loses_no_job_and_repeats_none(lab: Lab, fault: str) -> No
     proxy = Proxy(lab.server.port)
     program = lab.start("--lease-seconds", "20", url=proxy.url)
     proxy.fault = fault
-    load = Load(lambda: program.port, pause=0)
+    load = Load([program], pause=0)
     enough = 2 if fault in ("swallow", "late") else 20
     eventually(lambda: proxy.faults, f"times of {fault}", lambda count: count >= enough)
     load.go_on(3)  # in spite of them
@@ -553,7 +450,7 @@ def test_a_connection_closed_while_idle_is_opened_again(lab: Lab) -> None:
     program = lab.start()
     for _ in range(5):
         lab.client.client_kill_filter(_type="normal", skipme=True)
-        eventually(lambda: post(program.port, APPEND), "accepted", lambda answer: answer[0] == 202)
+        eventually(lambda: program.call("POST", "/job", APPEND), "accepted", lambda answer: answer[0] == 202)
     all_completed(lab.client)
     stops(program)
 
@@ -568,40 +465,6 @@ def fake_time(**how: str) -> dict[str, str]:
         missing("faketime")
     # libc's own malloc comes before the one of redis-server, whose start would ask for the time too early.
     return {"LD_PRELOAD": f"libc_malloc_debug.so.0 {libraries[0]}", "DONT_FAKE_MONOTONIC": "1"} | how
-
-
-def test_when_the_clock_of_redis_jumps_no_running_job_fails_or_is_repeated(
-    start: Start, own_redis: OwnRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = tmp_path / "clock"
-    clock.write_text("+0")
-    with monkeypatch.context() as patch:
-        for name, value in fake_time(FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1").items():
-            patch.setenv(name, value)
-        lab = Lab(start, own_redis())
-    lease = ("--lease-seconds", "15")
-    programs = [lab.start(*lease), lab.start(*lease)]  # one would run again what the other one runs
-    once, often = submit_all(programs[0], [GATE, GATE | {"max_retries": 3}])
-    lab.names("arrived", 2)
-
-    def jump(to: str) -> None:
-        before = lab.client.time()[0]
-        clock.write_text(to)
-        eventually(lambda: abs(lab.client.time()[0] - before) > 3000, "its clock jumps")
-        throughout(1.2, lambda: lab.status_of(once) == "processing", f"it runs after {to}")
-        now = lab.client.time()[0] * 1000
-        for job_id in (once, often):
-            lease = partial(lab.client.zscore, PREFIX + "leases", job_id)
-            eventually(lease, "it is renewed", lambda end: now <= end <= now + 30_000)
-
-    for to in ("+3600", "+7200", "+0"):
-        jump(to)
-    lab.client.set("open:a", 1)
-    assert [outcome(programs[0], job_id) for job_id in (once, often)] == [("completed", 1)] * 2
-    assert outcome(programs[0], programs[0].submit("append", value=1)) == ("completed", 1)
-    assert lab.names("arrived") == ["a", "a"]
-    check(lab.client)
-    stops(*programs)
 
 
 def test_instances_with_wrong_clocks_neither_steal_nor_starve(lab: Lab) -> None:
@@ -619,68 +482,18 @@ def test_instances_with_wrong_clocks_neither_steal_nor_starve(lab: Lab) -> None:
 # ── Shutdown ────────────────────────────────────────────────────────────────────────────────────
 
 GRACE = ("--shutdown-grace-seconds", "1")
-LIST = b"GET /jobs HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
-@contextlib.contextmanager
-def sent(program: Program, data: bytes, buffer: int = 0) -> Iterator[socket.socket]:
-    with socket.socket() as connection:
-        if buffer:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        connection.connect(("127.0.0.1", program.port))
-        connection.sendall(data)
-        yield connection
-
-
-def test_a_shutdown_does_not_wait_for_clients_that_send_or_read_nothing(lab: Lab) -> None:
-    program = lab.start("--workers", "0")
-    for _ in range(20):
-        submit_all(program, [APPEND] * 1000)
-    head = LIST.replace(b"GET /jobs", b"POST /job")
-    body = b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-    with sent(program, LIST[:12]), sent(program, head[:-2] + body), sent(program, LIST, 4096) as reading:
-        assert reading.recv(1) == b"H"
-        program.call("GET", "/jobs?limit=1")
-        stops(program)
-
-
-def test_a_shutdown_lets_running_jobs_finish(lab: Lab) -> None:
-    program = lab.start()
-    ids = {program.submit("long", seconds=1.5) for _ in range(10)}
-    eventually(lambda: program.log.count("attempt 1 of 4"), "all are run", lambda count: count == 10)
-    stops(program)
-    jobs = check(lab.client, ids)
-    assert {(job["status"], job["attempts"]) for job in jobs.values()} == {("completed", "1")}
-
-
-def test_the_end_of_the_grace_puts_a_job_back_to_the_front_uncounted(lab: Lab) -> None:
-    program = lab.start("--workers", "1", *GRACE)
+def test_two_signals_within_a_second_are_one_and_later_ones_however_many_end_the_grace(lab: Lab) -> None:
+    program = lab.start("--workers", "1", "--shutdown-grace-seconds", "600")
     job_id = program.submit("gate", name="a")
     lab.names("arrived", 1)
     behind = program.submit("append", value=1)
-    stops(program)
-    assert lab.names("left") == ["a"]
-    assert lab.client.lrange(PREFIX + "queue", 0, -1) == [behind, job_id]
-    assert check(lab.client)[job_id]["attempts"] == "0"
-
-
-def test_two_signals_within_a_second_are_one_and_a_third_one_later_ends_the_grace(lab: Lab) -> None:
-    program = lab.start("--shutdown-grace-seconds", "600")
-    job_id = program.submit("gate", name="a")
-    lab.names("arrived", 1)
     program.process.send_signal(signal.SIGTERM)
     program.process.send_signal(signal.SIGINT)  # two of one kind might be one to the kernel already
     throughout(1.5, lambda: lab.status_of(job_id) == "processing", "it has its grace")
     assert program.process.poll() is None
-    stops(program)
-    assert lab.client.lrange(PREFIX + "queue", 0, -1) == [job_id]
-    assert check(lab.client)[job_id]["attempts"] == "0"
-
-
-def test_signals_that_do_not_cease_end_the_program_as_one_does(lab: Lab) -> None:
-    program = lab.start()
-    job_id = program.submit("gate", name="a")
-    lab.names("arrived", 1)
+    assert program.log.count(": stopping;") == 1
 
     def ended() -> bool:
         program.process.send_signal(signal.SIGTERM)
@@ -690,7 +503,8 @@ def test_signals_that_do_not_cease_end_the_program_as_one_does(lab: Lab) -> None
 
     eventually(ended)
     stops(program)
-    assert lab.client.lrange(PREFIX + "queue", 0, -1) == [job_id]
+    assert lab.client.lrange(PREFIX + "queue", 0, -1) == [behind, job_id]
+    assert check(lab.client)[job_id]["attempts"] == "0"
 
 
 def test_a_ctrl_c_that_kills_the_children_of_handlers_fails_no_job_but_an_unrecoverable_one(lab: Lab) -> None:
@@ -714,10 +528,13 @@ def children(program: Program) -> int:
 
 
 def test_sighup_stops_the_program_unless_it_was_ignored_at_the_start(lab: Lab) -> None:
-    program, stays = lab.start(), lab.start(NOHUP="1")
-    for each in (program, stays):
-        each.process.send_signal(signal.SIGHUP)
-    assert program.process.wait(PATIENCE_SECONDS) == 0, program.log
+    program, before = lab.start(), signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as a program under nohup
+    try:
+        stays = lab.start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    stays.process.send_signal(signal.SIGHUP)
+    stops(program, number=signal.SIGHUP)
     assert outcome(stays, stays.submit("append", value=1)) == ("completed", 1)
     assert "SIGHUP" not in stays.log
     stops(stays)
@@ -763,19 +580,6 @@ def test_a_shutdown_does_not_wait_for_a_redis_that_is_away(start: Start, own_red
     labs[1].server.send_signal(signal.SIGSTOP)
     eventually(lambda: programs[-1].logged("Redis is away"))
     stops(*programs)
-
-
-def test_shutdowns_at_random_moments_lose_nothing_and_count_nothing(lab: Lab) -> None:
-    program = lab.start()
-    load = Load(lambda: program.port)
-    for _ in range(ROUNDS):
-        load.go_on(random.randrange(40))
-        stops(program, number=random.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]))
-        program = lab.start()
-    jobs = all_completed(lab.client, load.finish())
-    assert {job["attempts"] for job in jobs.values()} == {"1"}
-    assert set(Counter(lab.names("appended")).values()) == {1}
-    stops(program)
 
 
 def test_a_bug_during_a_shutdown_ends_the_program_with_a_traceback_and_status_1(lab: Lab) -> None:
@@ -824,7 +628,7 @@ def test_whatever_a_handler_raises_is_one_failed_attempt_and_harms_no_other_job(
 
 def test_a_scope_that_a_handler_leaves_behind_fails_its_attempt_and_cancels_no_other(lab: Lab) -> None:
     program = lab.start("--workers", "1", *GRACE)
-    for what in ("generator", "scope", "scope with a deadline", "cancelled scope", "shielded scope"):
+    for what in ("scope", "scope with a deadline", "cancelled scope", "shielded scope"):
         leaving = {"job_type": "leave", "payload": {"what": what}}
         first, *behind = submit_all(program, [leaving, SHORT, APPEND])
         assert [outcome(program, job_id) for job_id in behind] == [("completed", 1)] * 2, what
@@ -834,7 +638,7 @@ def test_a_scope_that_a_handler_leaves_behind_fails_its_attempt_and_cancels_no_o
     lab.names("arrived", 1)
     program.process.send_signal(signal.SIGTERM)
     assert program.process.wait(PATIENCE_SECONDS) == 0, program.log
-    assert lab.client.lrange(PREFIX + "queue", 0, -1) == [last]  # the grace could cancel it
+    assert lab.client.lrange(PREFIX + "queue", 0, -1) == [last], program.log  # the grace could cancel it
     check(lab.client)
 
 
@@ -893,10 +697,11 @@ def test_handlers_that_take_all_of_trios_threads_do_not_keep_redis_away(
     start: Start, own_redis: OwnRedis, redis_server: RedisServer
 ) -> None:
     lab = Lab(start, own_redis(), books=redis_server)
-    program = lab.start(url=lab.url.replace("127.0.0.1", "localhost"))  # a name is looked up in a thread
+    program = lab.start(
+        url=lab.server.url.replace("127.0.0.1", "localhost")
+    )  # a name is looked up in a thread
     job_id = submit(program, "threads", {"count": 50})
-    waiting = partial(redis_server.client.get, "waiting")
-    eventually(waiting, "threads wait", lambda count: int(count or 0) >= 40)
+    lab.names("arrived", 40)
     lab.client.client_kill_filter(_type="normal", skipme=True)
     eventually(lambda: program.call("GET", f"/job/{job_id}")[0], "Redis is back", lambda code: code == 200)
     assert outcome(program, submit(program, "append", {"value": 1})) == ("completed", 1)
@@ -904,56 +709,25 @@ def test_handlers_that_take_all_of_trios_threads_do_not_keep_redis_away(
     assert outcome(program, job_id) == ("completed", 1)
 
 
-def test_what_a_handler_sets_in_its_context_holds_for_its_children_and_ends_with_it(lab: Lab) -> None:
-    program = lab.start("--workers", "1")
-    ids = [submit(program, "colour", {"new": "red"}) for _ in range(3)]
-    for job_id in ids:
-        assert program.ended(job_id)["result"] == ["none", "red", "red"]
-    stops(program)
-    for line in [f"job {job_id}: in a {where}\n" for job_id in ids for where in ("task", "child", "thread")]:
-        assert line in program.log
-
-
-def test_jobs_of_a_type_that_an_old_instance_does_not_know_wait_for_a_new_one(lab: Lab) -> None:
-    new = lab.start("--workers", "2", KNOWS_MORE="1")
-    for _ in range(2):
-        submit(new, "gate", {"name": "a"})
-    lab.names("arrived", 2)  # the new one is busy
-    old = lab.start("--workers", "1")
-    ids = submit_all(new, [{"job_type": "new", "payload": {}}] * 3)
-    eventually(lambda: old.logged("new: this instance has no handler for it"), "the old one has tried")
-    lab.client.set("open:a", 1)
-    jobs = [new.ended(job_id) for job_id in ids]
-    assert {(job["status"], job["attempts"], job["error"]) for job in jobs} == {("completed", 1, None)}
-    assert outcome(old, submit(old, "append", {"value": 1})) == ("completed", 1)
-    stops(old)
-    assert old.log.count("no handler") == 1
-    check(lab.client)
-
-
 # ── Handlers in threads ─────────────────────────────────────────────────────────────────────────
 
 
-def test_a_thread_past_its_timeout_keeps_its_job_and_its_late_result_counts(lab: Lab) -> None:
-    program = lab.start("--workers", "2")
+def test_a_thread_past_its_timeout_ends_if_it_asks_and_else_keeps_its_job_and_its_late_result_counts(
+    lab: Lab,
+) -> None:
+    program = lab.start("--workers", "2", "--retry-delay-seconds", "0.1")
     job_id = submit(program, "occupy", {"name": "a"}, timeout=0.5, max_retries=3)
     lab.names("arrived", 1)
     lab.start()  # would run it, if it could be had
     throughout(3.5, lambda: lab.status_of(job_id) == "processing", "a job keeps its thread's lease")
-    assert outcome(program, submit(program, "append", {"value": 1})) == ("completed", 1)
     lab.client.set("open:a", 1)
     job = program.ended(job_id)
     assert (job["status"], job["attempts"], job["result"]) == ("completed", 1, "late")
     assert lab.names("arrived") == lab.names("left") == ["a"]
-    check(lab.client)
-
-
-def test_a_thread_that_asks_whether_it_is_cancelled_ends_at_its_timeout_and_is_run_again(lab: Lab) -> None:
-    program = lab.start("--retry-delay-seconds", "0.1")
-    job = program.ended(submit(program, "poll", {"name": "a"}, timeout=0.5, max_retries=1))
+    job = program.ended(submit(program, "poll", {"name": "b"}, timeout=0.5, max_retries=1))
     assert (job["status"], job["attempts"], "timed out" in job["error"]) == ("failed", 2, True)
-    assert lab.names("arrived") == lab.names("left") == ["a"] * 2
-    stops(program)
+    assert lab.names("arrived") == lab.names("left") == ["a", "b", "b"]
+    check(lab.client)
 
 
 def test_a_deleted_job_fails_at_once_and_its_thread_holds_its_worker_until_it_ends(lab: Lab) -> None:
@@ -986,14 +760,6 @@ LEGIBLE = {"abc", ""}  # job types that nobody handles, but which may be meant
 DAMAGES = [(field, value) for field, values in DAMAGE.items() for value in values]
 
 
-def damage(client: Any, damaged: dict[str, tuple[str, str | None]]) -> None:
-    for job_id, (field, value) in damaged.items():
-        if value is None:
-            client.hdel(f"{PREFIX}job:{job_id}", field)
-        else:
-            client.hset(f"{PREFIX}job:{job_id}", field, value)
-
-
 def listed(program: Program, path: str) -> dict[str, Any]:
     """The jobs that GET lists under a path, by id; the answer must be JSON, without NaN."""
     status, answer = program.call("GET", path)
@@ -1002,72 +768,39 @@ def listed(program: Program, path: str) -> dict[str, Any]:
     return {job["id"]: job for job in answer}
 
 
-def bears(program: Program, client: Any, damaged: dict[str, tuple[str, str | None]]) -> None:
-    """Every damaged job ends where it can, one that fails names the damaged field, and all can be read."""
+def test_a_job_with_a_damaged_field_fails_alone_or_is_run_if_it_waits_is_delayed_or_its_process_died(
+    lab: Lab,
+) -> None:
+    program, damaged = lab.start("--workers", "100"), dict[str, tuple[str, str | None]]()
+    sound = dict[str, tuple[str, int]]()
+    for job, attempts in ((GATE, 2), (APPEND, 1), (APPEND | {"delay": 4}, 1)):
+        free = 100 - len(DAMAGES) if job is GATE else 20  # so all workers are busy
+        ids = submit_all(program, [job | {"max_retries": 1}] * (len(DAMAGES) + free))
+        damaged |= dict(zip(ids, DAMAGES, strict=False))
+        sound |= dict.fromkeys(ids[len(DAMAGES) :], ("completed", attempts))
+        lab.names("arrived", 100)
+    program.kill()
+    for job_id, (field, value) in damaged.items():
+        lab.client.hdel(f"{PREFIX}job:{job_id}", field)
+        if value is not None:
+            lab.client.hset(f"{PREFIX}job:{job_id}", field, value)
+    lab.client.set("open:a", 1)
+    program = lab.start("--retry-delay-seconds", "0.1")
+    assert listed(program, "/jobs").keys() == damaged.keys() | sound.keys()
+    assert {job_id: outcome(program, job_id) for job_id in sound} == sound
     for job_id, (field, value) in damaged.items():
         what = f"{field} = {value!r}"
         if field == "job_type" and value in LEGIBLE:
             assert program.job(job_id)["status"] in ("pending", "processing", "failed"), what
             continue
-        job = program.ended(job_id)
-        assert job["status"] == "completed" or field in job["error"], f"{what}: {job['error']}"
-        assert client.zscore(PREFIX + job["status"], job_id) is not None, what
+        shown = program.ended(job_id)
+        assert shown["status"] == "completed" or field in shown["error"], f"{what}: {shown['error']}"
+        assert lab.client.zscore(PREFIX + shown["status"], job_id) is not None, what
         for gone in ("pending", "processing", "leases", "delayed"):
-            look = partial(client.zscore, PREFIX + gone, job_id)
+            look = partial(lab.client.zscore, PREFIX + gone, job_id)
             eventually(look, f"{what}: not in {gone}", lambda score: score is None)
     pages = [listed(program, path) for path in ("/jobs", "/jobs?limit=1000")]
     assert all(damaged.keys() <= page.keys() for page in pages)
     failed = {job_id for job_id, job in pages[0].items() if job["status"] == "failed"}
     assert listed(program, "/jobs?status=failed").keys() == failed
-
-
-def test_a_waiting_job_with_a_damaged_field_fails_alone_or_is_run(lab: Lab) -> None:
-    api, damaged = lab.start("--workers", "0"), dict[str, tuple[str, str | None]]()
-    sound: list[str] = []
-    for delay in (0, 2):
-        job = APPEND | {"delay": delay, "max_retries": 1}
-        damaged |= dict(zip(submit_all(api, [job] * len(DAMAGES)), DAMAGES, strict=True))
-        sound += submit_all(api, [job] * 20)
-    damage(lab.client, damaged)
-    assert listed(api, "/jobs").keys() == {*damaged, *sound}
-    program = lab.start("--workers", "2", "--retry-delay-seconds", "0.1")
-    assert [outcome(program, job_id) for job_id in sound] == [("completed", 1)] * len(sound)
-    bears(program, lab.client, damaged)
-    stops(api, program)
-
-
-def test_a_job_of_a_killed_process_with_a_damaged_field_fails_alone_or_is_run(lab: Lab) -> None:
-    program = lab.start("--workers", "100")
-    job = {"job_type": "gate", "payload": {"name": "a"}, "max_retries": 1}
-    damaged = dict(zip(submit_all(program, [job] * len(DAMAGES)), DAMAGES, strict=True))
-    sound = submit_all(program, [job] * 10)
-    lab.names("arrived", len(sound) + len(damaged))
-    program.kill()
-    damage(lab.client, damaged)
-    lab.client.set("open:a", 1)
-    program = lab.start("--retry-delay-seconds", "0.1")
-    assert [outcome(program, job_id) for job_id in sound] == [("completed", 2)] * len(sound)
-    bears(program, lab.client, damaged)
-    stops(program)
-
-
-def test_a_job_whose_key_is_of_another_type_drops_out_alone(lab: Lab) -> None:
-    first, job = lab.start("--workers", "3"), {"job_type": "gate", "payload": {"name": "a"}}
-    ids = submit_all(first, [job | {"max_retries": 1}] * 3)
-    lab.names("arrived", 3)  # so these wait behind them
-    ids += submit_all(first, [job] * 3) + submit_all(first, [job | {"delay": 3}] * 3)
-    first.kill()
-    victims = ids[::3]  # one that was run, one in the queue, one that is delayed
-    for job_id in victims:
-        lab.client.delete(f"{PREFIX}job:{job_id}")
-        lab.client.set(f"{PREFIX}job:{job_id}", "a string")
-    lab.client.set("open:a", 1)
-    program = lab.start("--workers", "2")
-    ends = [outcome(program, job_id) for job_id in ids if job_id not in victims]
-    assert ends == [("completed", 2)] * 2 + [("completed", 1)] * 4
-    for place in ("queue", "leases", "delayed"):
-        count = partial(lab.tell, "LLEN" if place == "queue" else "ZCARD", PREFIX + place)
-        eventually(count, f"{place} is empty", lambda left: left == 0)
-    assert listed(program, "/jobs").keys() == {*ids} - {*victims}
-    assert outcome(program, submit(program, "append", {"value": 1})) == ("completed", 1)
     stops(program)

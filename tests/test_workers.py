@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,27 +17,6 @@ import jobqueue
 from conftest import PREFIX, Bench, Service, end_of, hold
 
 Patch = pytest.MonkeyPatch
-
-
-@pytest.mark.parametrize("times", [1, 2, 7])
-@pytest.mark.parametrize(("what", "sent", "received"), [("claim", "", "'math'"), ("report", "complete", "")])
-async def test_a_step_whose_reply_is_lost_is_sent_again_and_counts_once(
-    autojump_clock: MockClock, service: Service, what: str, sent: str, received: str, times: int
-) -> None:
-    async def lossy(commands: Any) -> list[Any]:
-        replies = await carry(commands)
-        if len(lost) < times and sent in str(commands) and received in str(replies):
-            lost.append(what)
-            raise redis.ConnectionError("cut")
-        return replies
-
-    carry, lost = service.bench.transport, list[str]()
-    service.bench.transport = lossy
-    pool = await service.run(workers=10)
-    job = await service.ended(await service.submit(max_retries=0))
-    await trio.sleep(5)
-    assert (end_of(job), pool.free, len(lost)) == (("completed", "1", "3"), 10, times)
-    assert "refused" not in service.log.text
 
 
 async def test_what_redis_refuses_is_logged_once_in_ten_seconds(
@@ -67,9 +47,9 @@ async def test_a_handler_that_blocks_the_event_loop_is_named_in_the_log(
     assert (9.5 <= float(took) <= 10, name) == (True, "blocks"), service.log.text
 
 
-def set_the_clock(bench: Bench, seconds: float) -> None:
+async def the_clock_jumps(bench: Bench, _patch: Patch, seconds: int) -> None:
     async def moved(commands: Any) -> list[Any]:
-        bench.client.incrby(PREFIX + "clock", int(seconds * 1000))
+        bench.client.incrby(PREFIX + "clock", seconds * 1000)
         return await carry(commands)
 
     carry, bench.transport = bench.transport, moved
@@ -83,14 +63,6 @@ async def redis_is_away(bench: Bench, _patch: Patch) -> None:
     bench.away = True
     await trio.sleep(9)
     bench.away = False
-
-
-async def the_clock_jumps_ahead(bench: Bench, _patch: Patch) -> None:
-    set_the_clock(bench, 3600)
-
-
-async def the_clock_jumps_back(bench: Bench, _patch: Patch) -> None:
-    set_the_clock(bench, -3600)
 
 
 async def a_sweep_comes_late(bench: Bench, patch: Patch) -> None:
@@ -110,8 +82,8 @@ async def a_sweep_comes_late(bench: Bench, patch: Patch) -> None:
         (nothing_happens, 0.1, 2),  # as others may just have lost Redis, too
         (nothing_happens, 15, 15),
         (redis_is_away, 12, 19 + 6),
-        (the_clock_jumps_ahead, 100, 10 + 6),
-        (the_clock_jumps_back, 15, math.inf),
+        (partial(the_clock_jumps, seconds=3600), 100, 10 + 6),
+        (partial(the_clock_jumps, seconds=-3600), 15, math.inf),
         (a_sweep_comes_late, 12, 15 + 6),
     ],
 )
