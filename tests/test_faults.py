@@ -467,6 +467,40 @@ def fake_time(**how: str) -> dict[str, str]:
     return {"LD_PRELOAD": f"libc_malloc_debug.so.0 {libraries[0]}", "DONT_FAKE_MONOTONIC": "1"} | how
 
 
+def test_when_the_clock_of_redis_jumps_no_running_job_fails_or_is_repeated(
+    start: Start, own_redis: OwnRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    with monkeypatch.context() as patch:
+        for name, value in fake_time(FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1").items():
+            patch.setenv(name, value)
+        lab = Lab(start, own_redis())
+    lease = ("--lease-seconds", "15")
+    programs = [lab.start(*lease), lab.start(*lease)]  # one would run again what the other one runs
+    once, often = submit_all(programs[0], [GATE, GATE | {"max_retries": 3}])
+    lab.names("arrived", 2)
+
+    def jump(to: str) -> None:
+        before = lab.client.time()[0]
+        clock.write_text(to)
+        eventually(lambda: abs(lab.client.time()[0] - before) > 3000, "its clock jumps")
+        throughout(1.2, lambda: lab.status_of(once) == "processing", f"it runs after {to}")
+        now = lab.client.time()[0] * 1000
+        for job_id in (once, often):
+            lease = partial(lab.client.zscore, PREFIX + "leases", job_id)
+            eventually(lease, "it is renewed", lambda end: now <= end <= now + 30_000)
+
+    for to in ("+3600", "+7200", "+0"):
+        jump(to)
+    lab.client.set("open:a", 1)
+    assert [outcome(programs[0], job_id) for job_id in (once, often)] == [("completed", 1)] * 2
+    assert outcome(programs[0], programs[0].submit("append", value=1)) == ("completed", 1)
+    assert lab.names("arrived") == ["a", "a"]
+    check(lab.client)
+    stops(*programs)
+
+
 def test_instances_with_wrong_clocks_neither_steal_nor_starve(lab: Lab) -> None:
     right = lab.start("--workers", "1")
     for wrong_by in ("+3600", "-3600"):
