@@ -1604,24 +1604,27 @@ async def wait_until_finished(pool: Pool, job_id: str, seconds: float) -> None:
                 return
 
 
+def job_response(job_id: str, text: str | None) -> ResponseReturnValue:
+    if text is None:
+        abort(404, f"there is no job {job_id[:80]!r}, or no more")
+    return text + "\n", JSON
+
+
 @api.get("/job/<job_id>")
 async def show(job_id: str) -> ResponseReturnValue:
     if wait := parse_query("wait").wait:
         await wait_until_finished(current_pool, job_id, wait)
-    if (found := await current_pool.store.get(job_id)) is None:
-        abort(404, f"there is no job {job_id[:80]!r}, or no more")
-    return found + "\n", JSON
+    return job_response(job_id, await current_pool.store.get(job_id))
 
 
 @api.delete("/job/<job_id>")
 async def cancel(job_id: str) -> ResponseReturnValue:
     parse_query()
-    if (found := await current_pool.store.cancel(job_id)) is None:
-        abort(404, f"there is no job {job_id[:80]!r}, or no more")
-    text, is_cancelled = found
-    log.info("job %s: %s on request", job_id, "cancelled" if is_cancelled else "deleted")
-    current_pool.answer_waiters(job_id)
-    return text + "\n", JSON
+    text, is_cancelled = await current_pool.store.cancel(job_id) or (None, False)
+    if text:
+        log.info("job %s: %s on request", job_id, "cancelled" if is_cancelled else "deleted")
+        current_pool.answer_waiters(job_id)
+    return job_response(job_id, text)
 
 
 @api.get("/")
@@ -1871,9 +1874,7 @@ async def serve(settings: Settings, sockets: Sequence[socket.socket], resources:
                     work.start_soon(run, dispatch, pool, f"{pool.instance}:{name}", work)
                 try:
                     await pool.stopping.wait()
-                except (
-                    trio.Cancelled
-                ):  # by what fails outside of `crash_on_bug`: a handler that broke its task
+                except trio.Cancelled:  # by a failure outside of `crash_on_bug`: a handler broke its task
                     end_process(REPLY_SECONDS + EXIT_SECONDS, 1)
                     raise
             background.cancel_scope.cancel()
